@@ -1,0 +1,1 @@
+"""Structures, solvers, detectors, rules and the passes named on the command line."""
