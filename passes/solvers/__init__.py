@@ -1,0 +1,1 @@
+"""Numerical solvers that know matrices and moments, and no graph."""

@@ -1,0 +1,134 @@
+"""Atoms and combinators of the operator algebra: most structures are a composition of these.
+
+Monarch = BlockDiagonal . Permutation . BlockDiagonal; low rank = Dense . Dense; an adapter branch = Sum(Dense, low rank).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rewriter.operator import AbstractMatrix
+from rewriter.ops import AnyOps
+
+
+@dataclass(frozen=True)
+class Dense(AbstractMatrix):
+    """y = x @ weight."""
+
+    weight: Tensor  # (n, m)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, m = self.weight.shape
+        return m, n
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        return ops.matmul(x, ops.const(self.weight))
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls(torch.randn(7, 5, generator=rng))
+
+
+@dataclass(frozen=True)
+class Diagonal(AbstractMatrix):
+    """y = x * scale."""
+
+    scale: Tensor  # (n,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.scale), len(self.scale)
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        return ops.mul(x, ops.const(self.scale))
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls(torch.randn(7, generator=rng))
+
+
+@dataclass(frozen=True)
+class BlockDiagonal(AbstractMatrix):
+    """y_b = x_b @ blocks[b]."""
+
+    blocks: Tensor  # (k, q, p)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        k, q, p = self.blocks.shape
+        return k * p, k * q
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        return ops.block_matmul(x, ops.const(self.blocks))
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls(torch.randn(3, 5, 2, generator=rng))
+
+
+@dataclass(frozen=True)
+class Permutation(AbstractMatrix):
+    """y[j] = x[index[j]]; also a selection, when index leaves some features out."""
+
+    index: Tensor  # (m,) int64
+    features: int  # n
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.index), self.features
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        return ops.gather(x, ops.const(self.index))
+
+    def dense(self) -> Tensor:
+        return torch.eye(self.features)[self.index]
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls(torch.randperm(7, generator=rng), 7)
+
+
+@dataclass(frozen=True)
+class Compose(AbstractMatrix):
+    """The factors' product in order of application: the first factor sees x."""
+
+    factors: tuple[AbstractMatrix, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors[-1].shape[0], self.factors[0].shape[1]
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        for factor in self.factors:
+            x = factor.product(ops, x)
+        return x
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls((Dense.random(rng), Diagonal(torch.randn(5, generator=rng)), Dense(torch.randn(5, 4, generator=rng))))
+
+
+@dataclass(frozen=True)
+class Sum(AbstractMatrix):
+    """The sum of the terms' images."""
+
+    terms: tuple[AbstractMatrix, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.terms[0].shape
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        total = self.terms[0].product(ops, x)
+        for term in self.terms[1:]:
+            total = ops.add(total, term.product(ops, x))
+        return total
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls((Dense.random(rng), Dense.random(rng)))

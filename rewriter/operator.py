@@ -1,0 +1,159 @@
+"""Operators: structured maps that can stand where a dense one stood, each product spelled once against `Ops`.
+
+An operator is a frozen dataclass of tensors, numbers and other operators. `flatten` takes it apart into its tensors and a spec (JSON text);
+`unflatten` puts it together again around other tensors, so a graph node, a file and a kernel all hold the same thing.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from rewriter.cost import Cost, count
+from rewriter.errors import RewriteError
+from rewriter.ops import AnyOps
+
+
+class AbstractOperator(abc.ABC):
+    """A map spelled once against the vocabulary; subclasses are frozen dataclasses, abstract ones carry `Abstract` in their name.
+
+    Law: every interpretation of `apply` agrees with the eager one within the dtype's tolerance.
+    """
+
+    kinds: ClassVar[dict[str, type[AbstractOperator]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if not cls.__name__.startswith("Abstract"):
+            AbstractOperator.kinds[cls.__name__] = cls
+
+    @abc.abstractmethod
+    def apply(self, ops: AnyOps, *inputs: Any) -> tuple[Any, ...]:
+        """The images of the inputs."""
+
+
+class AbstractMatrix(AbstractOperator):
+    """A linear map (..., n) -> (..., m), y = x @ dense().T.
+
+    Laws: `dense()` agrees with `product` on every vector; `cost` counts the tensors that `flatten` gives.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs, inputs."""
+
+    @abc.abstractmethod
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        """The image of x, (..., n) -> (..., m)."""
+
+    @classmethod
+    @abc.abstractmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        """A small instance, rectangular and no power of two, for the contract tests."""
+
+    def apply(self, ops: AnyOps, *inputs: Any) -> tuple[Any, ...]:
+        """One input, one output."""
+        (x,) = inputs
+        return (self.product(ops, x),)
+
+    def dense(self) -> Tensor:
+        """The (m, n) matrix, by applying the operator to the identity."""
+        from rewriter.registry import eager_ops
+
+        tensor = next(t for t in tensors(self) if t.is_floating_point())
+        eye = torch.eye(self.shape[1], dtype=tensor.dtype, device=tensor.device)
+        image: Tensor = self.product(eager_ops(), eye)
+        return image.T.contiguous()
+
+    def cost(self, tokens: int = 1) -> Cost:
+        """Stored numbers, bytes, and operations for `tokens` rows (2 per multiply-add)."""
+        return count(lambda ops, x: self.product(ops, x), self.shape[1], tokens)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same operator with its weights in another float type (index tensors stay)."""
+        leaves, spec = flatten(self)
+        return unflatten(spec, [t.to(dtype) if t.is_floating_point() else t for t in leaves])  # type: ignore[return-value]
+
+
+def _walk(operator: AbstractOperator) -> Iterator[Tensor]:
+    for field in dataclasses.fields(operator):  # type: ignore[arg-type]
+        yield from _leaves(getattr(operator, field.name))
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, AbstractOperator):
+        yield from _walk(value)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _leaves(item)
+
+
+def tensors(operator: AbstractOperator) -> list[Tensor]:
+    """All tensors of an operator, in field order."""
+    return list(_walk(operator))
+
+
+def flatten(operator: AbstractOperator) -> tuple[list[Tensor], str]:
+    """Its tensors in field order, and a spec: canonical JSON that names the types, the plain fields and where the tensors go."""
+    leaves: list[Tensor] = []
+    return leaves, json.dumps(_encode(operator, leaves), sort_keys=True, separators=(",", ":"))
+
+
+def _encode(value: Any, leaves: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return {"tensor": len(leaves) - 1, "shape": list(value.shape)}
+    if isinstance(value, AbstractOperator):
+        fields = {f.name: _encode(getattr(value, f.name), leaves) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+        return {"operator": type(value).__name__, "fields": fields}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v, leaves) for v in value]}
+    if isinstance(value, int | float | str | bool):
+        return value
+    raise TypeError(f"an operator's field holds a {type(value).__name__}; allowed are Tensor, operator, tuple, int, float, str, bool")
+
+
+def unflatten(spec: str, leaves: Sequence[Tensor]) -> AbstractOperator:
+    """The operator of `spec` around these tensors; unknown types are a RewriteError naming them."""
+    from rewriter.registry import load_structures
+
+    load_structures()
+    operator = _decode(json.loads(spec), leaves)
+    assert isinstance(operator, AbstractOperator)
+    return operator
+
+
+def _decode(value: Any, leaves: Sequence[Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return leaves[value["tensor"]]
+    if "tuple" in value:
+        return tuple(_decode(v, leaves) for v in value["tuple"])
+    kind = AbstractOperator.kinds.get(value["operator"])
+    if kind is None:
+        raise RewriteError(f"unknown operator '{value['operator']}' in a spec; install the package that defines it")
+    return kind(**{name: _decode(v, leaves) for name, v in value["fields"].items()})
+
+
+def spec_shape(spec: str) -> tuple[int, int]:
+    """(m, n) of the matrix that a spec describes, from shapes alone."""
+
+    def empties(value: Any) -> Iterator[tuple[int, Tensor]]:
+        if isinstance(value, dict) and "tensor" in value:
+            yield value["tensor"], torch.empty(value["shape"], device="meta")
+        elif isinstance(value, dict):
+            for item in [*value.get("fields", {}).values(), *value.get("tuple", [])]:
+                yield from empties(item)
+
+    matrix = unflatten(spec, [t for _, t in sorted(empties(json.loads(spec)), key=lambda pair: pair[0])])
+    assert isinstance(matrix, AbstractMatrix)
+    return matrix.shape
