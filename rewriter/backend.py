@@ -1,0 +1,55 @@
+"""What the pipeline asks of a target: emit a graph, open what was emitted, measure forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rewriter.graph import Graph
+from rewriter.operator import AbstractMatrix
+
+
+@dataclass(frozen=True)
+class EmitOptions:
+    """How a model is written."""
+
+    opset: int = 20  # 18 to 25
+    flatten: bool = False  # inline the functions, for runtimes without them
+    tokens: tuple[int, ...] = (1, 256)  # token counts that lowerings are chosen for
+    threads: int = 1
+    provenance: Mapping[str, str] = field(default_factory=dict)  # stored in the emitted model
+
+
+class Runner(Protocol):
+    """An emitted model, reloaded from its file."""
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+class Target(Protocol):
+    """A place that models are emitted for."""
+
+    name: str  # "onnxruntime" | "onnx" | "torch"
+    suffix: str  # ".onnx" | ".pt2"
+    accepts: tuple[str, ...]  # graph formats it can emit: "torch", "onnx"
+
+    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
+        """Write the model to `path` atomically; checked, dynamic dimensions still dynamic, input and output names and order preserved."""
+        ...
+
+    def open(self, path: Path, threads: int) -> Runner:
+        """Reload an emitted file as a user would."""
+        ...
+
+    def open_int8(self, path: Path, threads: int) -> Runner:
+        """The dynamic int8 form of the dense model in `path`: the baseline that a user already has. RewriteError where it cannot be had."""
+        ...
+
+    def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
+        """Seconds per call of each form on `tokens` rows: interleaved in one process, medians, weights cold for few tokens; cached by
+        hardware and versions."""
+        ...

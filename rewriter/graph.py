@@ -1,0 +1,193 @@
+"""Graphs and sites: what passes see of a model, whichever format it came in.
+
+A `Graph` wraps an fx or onnx_ir graph behind normalised names, so that detectors and rules are written once. A `Site` is a replaceable place:
+the nodes that multiply by one stored weight, how the features lie there, and what the weight is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from rewriter.inputs import InputSpec
+from rewriter.operator import AbstractMatrix
+
+Node = Any
+Value = Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How features lie where they are not simply the last axis; () means "as it is".
+
+    x' = flatten(permute(x, before), last `join` axes) -> product -> y = permute(unflatten(y', spread), after).
+    """
+
+    before: tuple[int, ...] = ()  # permutation of x's axes
+    join: int = 1  # trailing axes that form the features
+    spread: tuple[int, ...] = ()  # sizes of the axes that the output features unfold to
+    after: tuple[int, ...] = ()  # permutation of the unfolded output's axes
+
+
+PLAIN = Layout()
+
+
+@dataclass(frozen=True)
+class Place:
+    """One use of a site's weight: y = W x (+ bias). `nodes` are replaced together; y is the last one's output."""
+
+    nodes: tuple[Node, ...]
+    x: Value
+    y: Value
+    layout: Layout = PLAIN
+    bias: Value | None = None  # (m,) constant that the nodes add after the product
+    bias_scale: float = 1.0  # Gemm's and addmm's beta
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """Where a site's (m, n) matrix is stored: scale * permute(const(value), axes).reshape(m, n)."""
+
+    name: str  # the stored parameter's name
+    value: Value  # the constant in the graph
+    axes: tuple[int, ...] = ()  # permutation of the stored axes, () = as stored
+    scale: float = 1.0
+    shared_by: tuple[str, ...] = ()  # other things that use the stored tensor
+
+    @property
+    def transposed(self) -> bool:
+        """Stored as (n, m)."""
+        return self.axes == (1, 0)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A replaceable place in a graph. `reason` is empty when a pass may rewrite it, else says why it is only listed."""
+
+    id: str  # unique in the graph and stable between runs
+    name: str  # module path or parameter name, as users know it
+    kind: str  # linear | attention | recurrence | adapter
+    shape: tuple[int, int] | None  # (m, n) of the matrix
+    dtype: torch.dtype | None
+    places: tuple[Place, ...]
+    weights: Mapping[str, WeightRef] = field(default_factory=dict)
+    operator: AbstractMatrix | None = None  # what already stands there
+    reason: str = ""
+
+
+class Graph(Protocol):
+    """One model. Nodes and values are opaque handles; weights stay on disk or in the source until `const` asks for them."""
+
+    format: str  # "torch" | "onnx"
+
+    def nodes(self) -> Iterable[Node]:
+        """Every node of this body and of every nested one (cond, scan, If, Loop, local functions), in topological order."""
+        ...
+
+    def op(self, node: Node) -> str:
+        """The normalised operation: linear matmul addmm gemm einsum conv add mul transpose reshape gather embedding softmax attention
+        layer_norm rms_norm rnn lstm gru scan loop cond structured …; an operation without a common name keeps its own, with its domain."""
+        ...
+
+    def inputs(self, node: Node) -> Sequence[Value | None]:
+        """Tensor operands in the normalised order: linear (x, w, b), matmul (a, b), addmm (c, a, b), gemm (a, b, c), einsum (operands…),
+        conv (x, w, b), add/mul (a, b), gather/embedding (table, indices), layer_norm (x, gamma, beta), rms_norm (x, gamma)."""
+        ...
+
+    def outputs(self, node: Node) -> Sequence[Value]: ...
+
+    def attributes(self, node: Node) -> Mapping[str, Any]:
+        """Normalised: einsum equation; gemm alpha beta trans_a trans_b; addmm alpha beta; conv strides pads dilations groups; transpose axes."""
+        ...
+
+    def producer(self, value: Value) -> Node | None: ...
+
+    def users(self, value: Value) -> Sequence[Node]: ...
+
+    def body(self, node: Node) -> str:
+        """"" for the main body, else the name of the nested body that holds the node."""
+        ...
+
+    def shape(self, value: Value) -> tuple[int | str, ...] | None:
+        """Sizes, a name where dynamic; None where even the rank is unknown."""
+        ...
+
+    def dtype(self, value: Value) -> torch.dtype | None: ...
+
+    def name(self, value: Value) -> str: ...
+
+    def scope(self, node: Node) -> str:
+        """The module path that the node came from, "" where unknown."""
+        ...
+
+    def const(self, value: Value) -> Tensor | None:
+        """The value as a tensor where it depends on stored tensors alone (through views, casts, transposes), else None. Loaded lazily."""
+        ...
+
+    def is_const(self, value: Value) -> bool:
+        """Whether `const` would give a tensor, without loading it."""
+        ...
+
+    def stored_name(self, value: Value) -> str:
+        """The stored parameter that a constant value comes from."""
+        ...
+
+    def storage_users(self, value: Value) -> Sequence[tuple[Node, Value]]:
+        """(node, operand) wherever the parameter behind a constant value is used, views looked through, under whatever tied name."""
+        ...
+
+    def operator(self, node: Node) -> AbstractMatrix | None:
+        """The operator of a node whose `op` is "structured"."""
+        ...
+
+    def can_splice(self, place: Place) -> str:
+        """"" when `splice` can work there, else the reason."""
+        ...
+
+    def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
+        """At each place ONE opaque node that holds the operator, layout changes around it, then bias * bias_scale + shift. The factors become
+        stored parameters named `<site name>.<field>`. The old nodes stay, unused, until `prune`."""
+        ...
+
+    def restore(self, site: Site) -> None:
+        """Undo `splice`: the original nodes are used again."""
+        ...
+
+    def prune(self) -> None:
+        """Drop what nothing uses: replaced nodes, dense weights that no other place needs."""
+        ...
+
+    def run(self, feeds: Mapping[str, Tensor], taps: Mapping[Value, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
+        """Evaluate; every tapped value is handed to its callback as often as it is computed (nested bodies included where `can_tap`)."""
+        ...
+
+    def can_tap(self, value: Value) -> bool: ...
+
+    def specs(self) -> list[InputSpec]:
+        """The model's inputs, in order."""
+        ...
+
+    def output_names(self) -> list[str]: ...
+
+    def nbytes(self) -> int:
+        """Bytes of all stored parameters, tied ones once."""
+        ...
+
+    def clone(self) -> Self:
+        """An independent graph that shares the stored tensors."""
+        ...
+
+
+def load_weight(graph: Graph, site: Site) -> Tensor:
+    """The site's (m, n) matrix, in its stored dtype."""
+    ref = site.weights["weight"]
+    tensor = graph.const(ref.value)
+    assert tensor is not None and site.shape is not None
+    if ref.axes:
+        tensor = tensor.permute(ref.axes)
+    tensor = tensor.reshape(site.shape)
+    return tensor if ref.scale == 1.0 else tensor * ref.scale
