@@ -1,0 +1,213 @@
+"""A Hugging Face folder is a model, its tokenizer and enough to know its inputs; it is loaded without the network and without its code.
+
+The class is the one that config.json names (`--task` picks another head), the weights come from safetensors, and what the
+folder does not hold is refused, never initialised at random.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from rewriter.backends.files.export import export_module
+from rewriter.backends.files.flat import PAST, flatten, model_specs, transformers_patches
+from rewriter.errors import RewriteError
+from rewriter.inputs import InputSpec, dim_names
+
+TASKS = {
+    "feature-extraction": "AutoModel",
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "image-classification": "AutoModelForImageClassification",
+    "image-segmentation": "AutoModelForImageSegmentation",
+    "object-detection": "AutoModelForObjectDetection",
+    "audio-classification": "AutoModelForAudioClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+}
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
+HINTS = {"height": 224, "width": 224, "samples": 16000, "frames": 128}  # sizes to trace with where small ones vanish in strides
+
+
+@dataclass
+class FolderModel:
+    """A loaded folder. `specs` and `describe` change only when the cache has to be given up at export."""
+
+    path: Path
+    module: Any
+    specs: list[InputSpec]
+    tokenizer: Any | None
+    describe: str
+
+    @property
+    def with_past(self) -> bool:
+        return any(spec.name.startswith(PAST) for spec in self.specs)
+
+    def encode(self, lines: Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
+        """Padded samples for every input, one row for each line."""
+        if self.tokenizer is None:
+            raise RewriteError(f"{self.path} has no tokenizer to read text with; give --data FILE.npz")
+        if not lines:
+            raise RewriteError("the text has no lines; give at least one")
+        tokenizer = self.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        limit = min(max_length or 512, tokenizer.model_max_length, _positions(self.module.config))
+        tokens = dict(tokenizer(list(lines), padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+        rows, seq = tokens["input_ids"].shape
+        tokens.setdefault("attention_mask", torch.ones(rows, seq, dtype=torch.int64))
+        tokens["position_ids"] = (tokens["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        tokens.setdefault("token_type_ids", torch.zeros(rows, seq, dtype=torch.int64))
+        return {spec.name: self._encoded(spec, tokens, rows) for spec in self.specs}
+
+    def _encoded(self, spec: InputSpec, tokens: Mapping[str, Tensor], rows: int) -> Tensor:
+        if spec.name.startswith(PAST):
+            return torch.zeros(spec.shape({"batch": rows, "past": 0}), dtype=spec.torch_dtype)
+        if spec.name in tokens:
+            return tokens[spec.name].to(spec.torch_dtype)
+        if spec.name == "decoder_input_ids" and hasattr(self.module, "prepare_decoder_input_ids_from_labels"):
+            shifted: Tensor = self.module.prepare_decoder_input_ids_from_labels(labels=tokens["input_ids"])
+            return shifted
+        raise RewriteError(f"text gives no {spec.name!r}, which {type(self.module).__name__} needs; give --data FILE.npz")
+
+
+def _positions(config: Any) -> int:
+    found = getattr(config, "max_position_embeddings", None) or 1 << 30
+    # RoBERTa numbers its positions from after the padding's
+    offset = (getattr(config, "pad_token_id", 0) or 0) + 1 if "roberta" in config.model_type else 0
+    return int(found) - offset
+
+
+def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters: Sequence[tuple[str, float]] = ()) -> FolderModel:
+    """Load a folder as transformers saves them. `adapters` are (folder, scale) of LoRA adapters, kept as branches."""
+    folder = Path(path)
+    config = _read_config(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import transformers
+    except ImportError:
+        raise RewriteError(f"{folder} is a Hugging Face folder, which needs transformers: pip install rewriter[transformers]") from None
+    chosen = _model_class(transformers, config, task)
+    model, notes = _load_weights(transformers, chosen, folder)
+    if adapters:
+        from rewriter.backends.files.lora import attach
+
+        notes += [attach(model, Path(where), scale) for where, scale in adapters]
+    tokenizer = _load_tokenizer(transformers, folder)
+    name = type(model).__name__
+    specs = model_specs(model, tokenizer.model_input_names if tokenizer else (), with_cache=True)
+    if any(spec.name.startswith(PAST) for spec in specs):
+        notes.append("with past keys and values")
+    else:
+        specs = model_specs(model, tokenizer.model_input_names if tokenizer else (), with_cache=False)
+        if model.can_generate():
+            notes.append("without a cache (this class keeps none that a graph can pass in and out as plain tensors)")
+    flatten(model, specs)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return FolderModel(folder, model, specs, tokenizer, "; ".join([f"{name}, {dtype}", *notes]))
+
+
+def export_folder(folder_model: FolderModel, sizes: Mapping[str, int]) -> ExportedProgram:
+    """Export with dynamic batch and lengths; a cache that cannot be traced is given up, and `describe` says so."""
+    hints = {name: HINTS[name] for name in dim_names(folder_model.specs) if name in HINTS} | dict(sizes)
+    model = folder_model.module
+    try:
+        with transformers_patches(model):
+            return export_module(model, folder_model.specs, hints)
+    except RewriteError as error:
+        if not folder_model.with_past:
+            raise
+        reason = str(error)
+    tokenizer = folder_model.tokenizer
+    folder_model.specs = model_specs(model, tokenizer.model_input_names if tokenizer else (), with_cache=False)
+    folder_model.describe = folder_model.describe.replace("with past keys and values", f"without its cache ({reason})")
+    flatten(model, folder_model.specs)
+    with transformers_patches(model):
+        return export_module(model, folder_model.specs, {name: size for name, size in hints.items() if name != "past"})
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise RewriteError(f"{folder} is an adapter; give its base model's folder, and this one as --adapter {folder}")
+        raise RewriteError(f"{folder} has no config.json; a Hugging Face folder holds config.json and *.safetensors")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RewriteError(f"{file} is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise RewriteError(f"{file} holds no object; expected a model's configuration")
+    if config.get("auto_map"):
+        raise RewriteError(
+            f"{folder} brings its own Python code (auto_map in config.json), which is never run; "
+            "export it yourself and give the .pt2 or .onnx"
+        )
+    return config
+
+
+def _model_class(transformers: Any, config: Mapping[str, Any], task: str | None) -> Any:
+    if task is not None:
+        found = getattr(transformers, TASKS.get(task, f"AutoModelFor{task}"), None)
+        if found is None:
+            raise RewriteError(f"--task {task!r} is not known; choose one of {', '.join(TASKS)}")
+        return found
+    names = config.get("architectures") or []
+    return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
+
+
+def _load_weights(transformers: Any, chosen: Any, folder: Path) -> tuple[Any, list[str]]:
+    safe = any(folder.glob("*.safetensors"))
+    if not safe and not any(folder.glob("pytorch_model*.bin")):
+        raise RewriteError(f"{folder} holds no weights; expected *.safetensors, or pytorch_model.bin")
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(transformers.logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        # A .bin goes through torch.load(weights_only=True), which is what transformers passes by default
+        model, info = chosen.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=safe, dtype="auto", output_loading_info=True
+        )
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RewriteError(f"{folder} cannot be loaded as {chosen.__name__}: {lines[0]}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+    return model.eval(), _missing(model, folder, sorted(info["missing_keys"]))
+
+
+def _missing(model: Any, folder: Path, missing: Sequence[str]) -> list[str]:
+    """A pooler that was never trained is dropped; any other missing weight is refused."""
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None
+        return ["without pooler_output (the folder holds no weights for it)"]
+    if missing:
+        raise RewriteError(
+            f"{folder} holds no weights for {missing[0]} ({len(missing)} missing), "
+            f"which {type(model).__name__} needs; choose another --task"
+        )
+    return []
+
+
+def _load_tokenizer(transformers: Any, folder: Path) -> Any | None:
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:  # a model without a readable tokenizer is a model still: asked for text, `encode` says so
+        return None
