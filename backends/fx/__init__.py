@@ -1,0 +1,1 @@
+"""torch: ExportedPrograms as graphs, emission as plain-aten .pt2 or to ONNX."""

@@ -1,0 +1,55 @@
+"""Runs a program node by node, handing tapped values to their callbacks, inside cond branches as well; values are freed after their last use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx import GraphModule, Interpreter, Node
+
+from rewriter.errors import RewriteError
+
+Taps = Mapping[Node, Callable[[Tensor], None]]
+
+
+class Tapped(Interpreter):
+    """An interpreter that shows tapped values as they are computed."""
+
+    def __init__(self, module: GraphModule, taps: Taps) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.taps = taps
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self.taps:
+            self.taps[n](value)
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(target, torch._ops.HigherOrderOperator) and str(target) == "cond":
+            predicate, yes, no, given = args
+            return Tapped(yes if bool(predicate) else no, self.taps).run(*given)
+        return super().call_function(target, args, kwargs)
+
+
+def run(program: ExportedProgram, feeds: Mapping[str, Tensor], taps: Taps) -> list[Tensor]:
+    """The user outputs for named inputs."""
+    arguments: list[Any] = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is not InputKind.USER_INPUT:
+            name = str(spec.target)
+            arguments.append(program.state_dict[name] if name in program.state_dict else program.constants[name])
+        elif isinstance(spec.arg, ConstantArgument):
+            arguments.append(spec.arg.value)
+        elif spec.arg.name in feeds:
+            arguments.append(feeds[spec.arg.name])
+        else:
+            raise RewriteError(f"input '{spec.arg.name}' is missing; the model takes {list(program.graph_signature.user_inputs)}")
+    with torch.no_grad():
+        values = Tapped(program.graph_module, taps).run(*arguments)
+    specs = program.graph_signature.output_specs
+    return [v for s, v in zip(specs, values, strict=True) if s.kind is OutputKind.USER_OUTPUT]

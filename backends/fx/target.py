@@ -1,0 +1,99 @@
+"""The torch target: a `.pt2` in plain aten that loads without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from rewriter.backend import EmitOptions, Runner
+from rewriter.backends.eager import EagerOps
+from rewriter.backends.files.pt2 import load_pt2, save_pt2
+from rewriter.backends.fx.custom_op import SITE, body
+from rewriter.backends.fx.graph import FxGraph
+from rewriter.backends.fx.interpreter import run
+from rewriter.cache import measured
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph
+from rewriter.operator import AbstractMatrix
+from rewriter.timing import interleave
+
+COLD_BYTES = 64 << 20  # weights that no cache holds, for calls of few tokens
+FEW_TOKENS = 8
+
+
+def lower(graph: FxGraph) -> ExportedProgram:
+    """The program with every opaque site spelled in plain aten and nothing unused in it."""
+    clean = graph.clone()
+    clean.prune()
+    return clean.program.run_decompositions({SITE: body})
+
+
+class TorchTarget:
+    """See rewriter.backend.Target."""
+
+    name = "torch"
+    suffix = ".pt2"
+    accepts = ("torch",)
+
+    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
+        if not isinstance(graph, FxGraph):
+            raise RewriteError("--target torch needs a torch model (.pt2, module or folder), the input is ONNX; use --target onnxruntime or onnx")
+        save_pt2(lower(graph), path, dict(options.provenance))
+
+    def open(self, path: Path, threads: int) -> Runner:
+        program = load_pt2(path)
+        names = FxGraph(program).output_names()
+        return _Program(program, names, threads)
+
+    def open_int8(self, path: Path, threads: int) -> Runner:
+        raise RewriteError("torch has no dynamic int8 form of an exported program; compare with --target onnxruntime")
+
+    def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
+        return measured(f"torch {torch.__version__}", forms, tokens, threads, lambda: _time(forms, tokens, threads))
+
+
+class _Program:
+    """A reloaded program behind the Runner protocol."""
+
+    def __init__(self, program: ExportedProgram, names: Sequence[str], threads: int) -> None:
+        self.program, self.names, self.threads = program, names, threads
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with single(self.threads):
+            return dict(zip(self.names, run(self.program, feeds, {}), strict=True))
+
+
+class single:  # noqa: N801 - reads as a phrase: with single(threads)
+    """torch on a given number of threads, for a while."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _time(forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
+    calls = [_cold(form, tokens) for form in forms]
+    with single(threads), torch.no_grad():
+        timing = interleave(calls, seconds=0.2)
+    return [timing.seconds(i) for i in range(len(forms))]
+
+
+def _cold(form: AbstractMatrix, tokens: int) -> Callable[[], object]:
+    """A call on the next of several copies of the weights, so that few tokens meet weights that no cache holds."""
+    nbytes = max(form.cost().nbytes, 1)
+    copies = min(32, max(1, COLD_BYTES // nbytes)) if tokens <= FEW_TOKENS else 1
+    forms = [form] + [cast(AbstractMatrix, form.to(torch.float64).to(torch.float32)) for _ in range(copies - 1)]
+    x = torch.randn(tokens, form.shape[1])
+    turn = iter(range(1 << 62))
+    return lambda: forms[next(turn) % copies].product(EagerOps(), x)

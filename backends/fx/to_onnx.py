@@ -1,0 +1,81 @@
+"""An exported program to onnx_ir: every opaque site becomes one `structured::Site` node, which the ONNX backend turns into a function call.
+
+torch.onnx.export inlines functions always, so no body travels through it: only the opaque node, its spec and its factors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, values
+
+from rewriter.backends.fx.custom_op import SITE
+from rewriter.errors import RewriteError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch.export import ExportedProgram
+
+T = TypeVar("T", FLOAT, FLOAT16, BFLOAT16, DOUBLE)
+MAX_OPSET = 25
+
+
+def _site_op() -> values.Op:
+    import onnx
+
+    schema = onnx.defs.OpSchema
+    formal = schema.FormalParameter
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    opaque = schema(
+        "Site",
+        "structured",
+        1,
+        inputs=[formal("values", "V", param_option=schema.FormalParameterOption.Variadic, is_homogeneous=False)],
+        outputs=[formal("y", "T")],
+        type_constraints=[("T", floats, ""), ("V", [*floats, "tensor(int64)"], "")],
+        attributes=[schema.Attribute("spec", schema.AttrType.STRING, ""), schema.Attribute("site", schema.AttrType.STRING, "")],
+    )
+    return values.Op(values.Opset("structured", 1), "Site", opaque)
+
+
+def _translate(x: T, factors: Sequence[T], spec: str, width: int, name: str) -> T:
+    return _site_op()(x, *factors, spec=spec, site=name)  # type: ignore[no-any-return]
+
+
+def to_onnx(program: ExportedProgram, opset: int, output_names: Sequence[str]) -> ir.Model:
+    """The model with its weights, opaque sites, dynamic dimensions and names; RewriteError when the exporter cannot say an operation."""
+    with _quiet():
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                output_names=list(output_names),
+                custom_translation_table={SITE: _translate},
+                verbose=False,
+            )
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RewriteError(f"torch.onnx cannot export this model: {first}; write a .pt2 with --target torch instead") from error
+    assert exported is not None
+    return exported.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns of packages that this model does not need."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
