@@ -1,0 +1,162 @@
+"""Anything a user hands over becomes a Source: a graph, its inputs, and how text becomes samples. Files are recognised by content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.files.sniff import Kind, recognise
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph
+from rewriter.inputs import InputSpec, fill_sizes, parse_dims, parse_input
+from rewriter.options import Options
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as read, whatever it was stored as."""
+
+    graph: Graph
+    format: str  # pt2 | onnx | module | state-dict | safetensors | folder
+    path: str | None
+    sha256: str | None
+    specs: Sequence[InputSpec]
+    sizes: Mapping[str, int]  # of the dynamic dimensions, for examples and timing
+    encode: Callable[[list[str]], Mapping[str, Tensor]] | None = None  # text -> feeds
+    notes: tuple[str, ...] = field(default=())
+
+
+def open_source(model: Any, options: Options) -> Source:
+    """Read a path, or take a Module, ExportedProgram, GraphModule or onnx_ir.Model as it is; RewriteError in one line where that fails."""
+    if isinstance(model, str | Path):
+        return _open_path(Path(model), options)
+    if isinstance(model, torch.export.ExportedProgram):
+        return _program(model, "pt2", None, options)
+    if isinstance(model, torch.nn.Module):
+        return _module(model, "module", None, options)
+    if type(model).__module__.startswith("onnx_ir"):
+        return _onnx(model, None, options)
+    raise RewriteError(
+        f"cannot rewrite a {type(model).__name__}; give a path, an nn.Module, an ExportedProgram, a GraphModule or an onnx_ir.Model"
+    )
+
+
+def _open_path(path: Path, options: Options) -> Source:
+    kind = recognise(path)
+    if kind is Kind.FOLDER:
+        return _folder(path, options)
+    if options.adapters:
+        raise RewriteError(f"--adapter needs a Hugging Face folder, {path} is a file; merge the adapter first, or give the folder")
+    if kind is Kind.PT2:
+        from rewriter.backends.files.pt2 import load_pt2
+
+        return _program(load_pt2(path), "pt2", path, options)
+    if kind is Kind.ONNX:
+        from rewriter.backends.files.onnx_file import load_onnx
+
+        return _onnx(load_onnx(path), path, options)
+    if kind is Kind.SAFETENSORS:
+        from rewriter.backends.files.arch import load_safetensors
+
+        return _state(load_safetensors(path), "safetensors", path, options)
+    from rewriter.backends.files.torch_zip import load_torch
+
+    loaded = load_torch(path, options.trust_pickle)
+    if isinstance(loaded, torch.nn.Module):
+        return _module(loaded.eval(), "module", path, options)
+    return _state(loaded, "state-dict", path, options)
+
+
+def _state(state: dict[str, Tensor], kind: str, path: Path, options: Options) -> Source:
+    from rewriter.backends.files.arch import build
+
+    if options.arch is None:
+        raise RewriteError(f"{path} holds weights without a model ({len(state)} tensors); give --arch MODULE:FACTORY, a function that builds the module")
+    return _module(build(options.arch, state), kind, path, options)
+
+
+def _module(module: torch.nn.Module, kind: str, path: Path | None, options: Options) -> Source:
+    from rewriter.backends.files.export import export_module
+
+    specs = [parse_input(text) for text in options.inputs]
+    if not specs:
+        raise RewriteError("a module does not say what it takes; give each input as --input NAME:DTYPE[DIM,...], for example --input ids:int64[batch,seq]")
+    given = parse_dims(options.dims) if options.dims else {}
+    sizes = fill_sizes(specs, given)
+    program = export_module(module, specs, given)
+    return _source(_fx(program), kind, path, specs, sizes)
+
+
+def _program(program: torch.export.ExportedProgram, kind: str, path: Path | None, options: Options) -> Source:
+    return _known(_fx(program), kind, path, options)
+
+
+def _onnx(model: Any, path: Path | None, options: Options) -> Source:
+    from rewriter.backends.onnx.graph import OnnxGraph
+
+    return _known(OnnxGraph(model), "onnx", path, options)
+
+
+def _fx(program: torch.export.ExportedProgram) -> Graph:
+    from rewriter.backends.fx.graph import FxGraph
+
+    return FxGraph.of(program)
+
+
+def _known(graph: Graph, kind: str, path: Path | None, options: Options) -> Source:
+    """A format that knows its inputs; --input may only rename its dimensions."""
+    specs = graph.specs()
+    if options.inputs:
+        given = {s.name: s for s in map(parse_input, options.inputs)}
+        unknown = [name for name in given if name not in {s.name for s in specs}]
+        if unknown:
+            raise RewriteError(f"--input {unknown[0]}: the model has no such input; it takes {', '.join(map(str, specs))}")
+        specs = [given.get(s.name, s) for s in specs]
+    sizes = fill_sizes(specs, parse_dims(options.dims) if options.dims else {})
+    return _source(graph, kind, path, specs, sizes)
+
+
+def _folder(path: Path, options: Options) -> Source:
+    from rewriter.backends.files.folder import export_folder, load_folder
+
+    adapters = [_adapter(text) for text in options.adapters]
+    model = load_folder(path, options.task, adapters)
+    given = parse_dims(options.dims) if options.dims else {}
+    program = export_folder(model, given)
+    sizes = fill_sizes(model.specs, given)
+    encode = model.encode if model.tokenizer is not None else None
+    return _source(_fx(program), "folder", path, model.specs, sizes, encode)
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    path, equals, scale = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise RewriteError(f"--adapter {text} cannot be read; give DIR or DIR=SCALE with a number") from None
+
+
+def _source(
+    graph: Graph, kind: str, path: Path | None, specs: Sequence[InputSpec], sizes: Mapping[str, int], encode: Any = None
+) -> Source:
+    return Source(graph, kind, str(path) if path else None, file_hash(path) if path else None, specs, sizes, encode)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files with their names, in order."""
+    total = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        total.update(file.name.encode() if len(files) > 1 else b"")
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                total.update(chunk)
+    return total.hexdigest()

@@ -1,0 +1,1 @@
+"""From graphs to sites: one detector a kind, written once against the Graph protocol."""

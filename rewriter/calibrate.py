@@ -1,0 +1,166 @@
+"""Calibration: the second moments of each site's input, from samples pushed through the model, streamed.
+
+Sites are taken in groups whose moments fit in a share of the model's own size, so that no more than one copy of the model is ever held in moments;
+each group costs one pass over the samples. Sites that read the same value share moments. Padding never counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph, Layout, Site, Value
+from rewriter.moments import Accumulator, Moments, layer_norm
+from rewriter.progress import Progress
+
+SHARE = 0.75  # of the model's bytes, for the moments of one group
+Feeds = Mapping[str, Tensor]
+
+
+@dataclass
+class Samples:
+    """Batches of feeds, their law in words, and a hash of what they hold."""
+
+    batches: Sequence[Feeds]
+    law: str
+    key: str
+    invented: bool = False
+
+    @property
+    def count(self) -> int:
+        return sum(rows(batch) for batch in self.batches)
+
+
+def rows(feeds: Feeds) -> int:
+    """Samples in a batch: the first axis of its inputs."""
+    return max((len(t) for t in feeds.values() if t.dim()), default=0)
+
+
+def padding_mask(feeds: Feeds) -> Tensor | None:
+    """(batch, seq) bool of real positions, where the model takes an attention mask that hides some."""
+    mask = feeds.get("attention_mask")
+    if mask is None or mask.dim() != 2 or bool((mask != 0).all()):
+        return None
+    return mask != 0
+
+
+def unpadded(value: Tensor, mask: Tensor | None) -> Tensor:
+    """The real rows of (batch, seq, …); everything where the value has no such axes."""
+    if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape:
+        return value
+    return value[mask]
+
+
+@dataclass
+class Calibration:
+    """Moments on demand, for the model as it was given (`graph` is never rewritten)."""
+
+    graph: Graph
+    samples: Samples | None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def key(self) -> str:
+        return self.samples.key if self.samples else "none"
+
+    def moments(self, sites: Sequence[Site]) -> Iterator[tuple[Site, Moments | None]]:
+        """Each site with its input's moments, None where nothing is known of the input; group by group, in order."""
+        for group in self._groups(sites):
+            found = self._accumulate(group)
+            for site in group:
+                yield site, found.get(_source(site))
+            found.clear()
+
+    def _groups(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
+        limit, group, used, seen = SHARE * self.graph.nbytes(), list[Site](), 0, set[object]()
+        for site in sites:
+            assert site.shape is not None
+            nbytes = 0 if _source(site) in seen else 8 * site.shape[1] ** 2
+            if group and used + nbytes > limit:
+                yield group
+                group, used, seen = [], 0, set()
+                nbytes = 8 * site.shape[1] ** 2
+            group.append(site)
+            seen.add(_source(site))
+            used += nbytes
+        if group:
+            yield group
+
+    def _accumulate(self, group: Sequence[Site]) -> dict[object, Moments]:
+        formulas = {_source(s): m for s in group if (m := norm_moments(self.graph, s)) is not None}
+        if self.samples is None:
+            return formulas
+        accumulators: dict[object, Accumulator] = {}
+        taps: dict[Value, list[Callable[[Tensor, Tensor | None], None]]] = {}
+        for site in group:
+            if _source(site) not in accumulators and all(self.graph.can_tap(p.x) for p in site.places):
+                assert site.shape is not None
+                accumulator = accumulators[_source(site)] = Accumulator(site.shape[1])
+                for place in site.places:
+                    taps.setdefault(place.x, []).append(_feeder(accumulator, place.layout))
+        if taps:
+            self._run(taps)
+        seen = {key: a.moments(self.samples.law) for key, a in accumulators.items() if a.count}
+        return {**formulas, **seen, **(formulas if self.samples.invented and self._floats() else {})}
+
+    def _floats(self) -> bool:
+        """Invented floats are isotropic, which says nothing of a layer deep inside: there the LayerNorm's affine knows more."""
+        assert self.samples is not None
+        return all(t.is_floating_point() for t in self.samples.batches[0].values())
+
+    def _run(self, taps: Mapping[Value, list[Callable[[Tensor, Tensor | None], None]]]) -> None:
+        assert self.samples is not None
+        mask: list[Tensor | None] = [None]
+
+        def tap(feeders: list[Callable[[Tensor, Tensor | None], None]]) -> Callable[[Tensor], None]:
+            def update(x: Tensor) -> None:
+                if not bool(torch.isfinite(x).all()):
+                    raise RewriteError("calibration met NaN or inf inside the model; check the samples, or the model in float32")
+                for feeder in feeders:
+                    feeder(x, mask[0])
+
+            return update
+
+        callbacks = {value: tap(feeders) for value, feeders in taps.items()}
+        for batch in self.progress.track(self.samples.batches, "calibrating", len(self.samples.batches)):
+            mask[0] = padding_mask(batch)
+            self.graph.run(batch, callbacks)
+
+
+def _source(site: Site) -> object:
+    """What decides a site's moments: the values it reads and how the features lie in them."""
+    return tuple((id(p.x), p.layout.before, p.layout.join) for p in site.places), site.shape and site.shape[1]
+
+
+def _feeder(accumulator: Accumulator, layout: Layout) -> Callable[[Tensor, Tensor | None], None]:
+    def feed(x: Tensor, mask: Tensor | None) -> None:
+        if layout.before:
+            accumulator.update(x.permute(layout.before).flatten(-layout.join))
+        else:
+            accumulator.update(unpadded(x, mask).flatten(-layout.join))
+
+    return feed
+
+
+def norm_moments(graph: Graph, site: Site) -> Moments | None:
+    """The moments that the affine of a LayerNorm or RMSNorm right before the site implies, where there is one."""
+    if any(p.layout.before or p.layout.join > 1 for p in site.places):
+        return None
+    node = graph.producer(site.places[0].x)
+    while node is not None and graph.op(node) in ("identity", "cast", "reshape"):
+        first = graph.inputs(node)[0]
+        node = graph.producer(first) if first is not None else None
+    if node is None or graph.op(node) not in ("layer_norm", "rms_norm"):
+        return None
+    gamma, beta = ([v for v in graph.inputs(node)[1:3]] + [None, None])[:2]
+    if gamma is None or not graph.is_const(gamma) or (beta is not None and not graph.is_const(beta)):
+        return None
+    scale, offset = graph.const(gamma), graph.const(beta) if beta is not None else None
+    assert scale is not None
+    if site.shape is None or scale.shape != (site.shape[1],):
+        return None
+    return layer_norm(scale, offset, rms=graph.op(node) == "rms_norm")

@@ -1,0 +1,219 @@
+"""Deciding one linear site: discover an exact form, else fit the asked families, and take the least weighted error among those that pay.
+
+"Leave it" is always a candidate: a site that cannot be read, cannot be calibrated or does not pay keeps its weight, with the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rewriter.algebra import Dense
+from rewriter.cache import digest
+from rewriter.cost import Cost, dense_cost
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph, Site, load_weight
+from rewriter.moments import Moments
+from rewriter.operator import AbstractMatrix
+from rewriter.rule import Context, Decision
+from rewriter.structure import AbstractStructure, Fitted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass asks of every site: families in the order that ties are broken, whether lossy fits are wanted, and the share of the dense numbers."""
+
+    structures: Sequence[AbstractStructure]
+    lossy: bool
+    share: float
+    explicit: bool = False  # the user set rank or blocks, and share bounds it
+
+
+def decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision]:
+    """A decision for every selected site; those that a pass may rewrite are calibrated, fitted and spliced, one at a time."""
+    open_sites = []
+    for site in context.selected:
+        earlier = context.decisions.get(site.id)
+        refusal = f"already {earlier.structure}" if earlier and earlier.rewritten else _refusal(site)
+        if refusal:
+            before = earlier.before if earlier else site_cost(site)
+            yield earlier or Decision(site, refusal, before, before)
+        else:
+            open_sites.append(site)
+    missing = []
+    for site in context.progress.track(open_sites, "looking for exact structure", len(open_sites)):
+        decision = _discovered(graph, context, plan, site)
+        if decision is not None:
+            yield _applied(graph, decision)
+        elif not plan.lossy:
+            yield _keep(site, "not an exact member of any family; a lossy form needs a bound: params=, --budget or --max-error")
+        elif (cached := _cached(graph, context, plan, site)) is not None:
+            yield _applied(graph, cached)
+        else:
+            missing.append(site)
+    for site, moments in context.progress.track(context.calibration.moments(missing), "fitting", len(missing)):
+        yield _applied(graph, _fitted(graph, context, plan, site, moments))
+
+
+def site_cost(site: Site) -> Cost:
+    """What the site's dense weight costs per token; nothing for sites that have none."""
+    if site.shape is None or site.dtype is None:
+        return Cost()
+    if site.operator is not None:
+        return site.operator.cost()
+    return dense_cost(site.shape, site.dtype.itemsize, places=len(site.places))
+
+
+def _refusal(site: Site) -> str:
+    if site.reason or site.kind != "linear":
+        return site.reason or "no pass for it yet"
+    if site.operator is not None:
+        return f"already structured: {type(site.operator).__name__}"
+    if site.dtype is None or not site.dtype.is_floating_point:
+        return f"its weight is {str(site.dtype).removeprefix('torch.')}, not a float"
+    assert site.shape is not None
+    if min(site.shape) == 1:
+        return f"its weight is a single vector, {list(site.shape)}: nothing smaller does the same"
+    return ""
+
+
+def _keep(site: Site, reason: str) -> Decision:
+    cost = site_cost(site)
+    return Decision(site, reason, cost, cost)
+
+
+def _applied(graph: Graph, decision: Decision) -> Decision:
+    if decision.operator is not None:
+        graph.splice(decision.site, decision.operator, decision.shift)
+    return decision
+
+
+def _weight(graph: Graph, site: Site) -> Tensor | str:
+    """The matrix in float32, or why it cannot be used."""
+    weight = load_weight(graph, site)
+    if not bool(torch.isfinite(weight).all()):
+        return "its weight holds NaN or inf"
+    if not bool(weight.any()):
+        return "its weight is all zeros"
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def after_cost(site: Site, operator: AbstractMatrix) -> Cost:
+    """What the operator costs at the site per token: stored once, executed at each place."""
+    assert site.dtype is not None
+    one = operator.to(site.dtype).cost()
+    return Cost(one.params, one.flops * len(site.places), one.nbytes)
+
+
+def _discovered(graph: Graph, context: Context, plan: Plan, site: Site) -> Decision | None:
+    weight = _weight(graph, site)
+    if isinstance(weight, str):
+        return _keep(site, weight)
+    assert site.dtype is not None
+    best: Fitted | None = None
+    for structure in plan.structures:
+        found = structure.discover(weight)
+        if isinstance(found, Fitted) and (best is None or found.operator.cost().params < best.operator.cost().params):
+            best = found
+    if best is None:
+        return None
+    before, after = site_cost(site), after_cost(site, best.operator)
+    if after.params >= before.params:
+        return None
+    reason = f"the weight is exactly {best.spelling}: {after.params:,} numbers instead of {before.params:,}"
+    return Decision(site, reason, before, after, best.operator.to(site.dtype), best.spelling, True, best.weighted_error)
+
+
+def _fit_key(graph: Graph, context: Context, plan: Plan, site: Site) -> str:
+    weight = load_weight(graph, site).contiguous()
+    content = weight.reshape(-1).view(torch.uint8).numpy().tobytes()
+    asked = ",".join(s.spelling() for s in plan.structures)
+    speed = (context.target.name, context.tokens, context.threads) if context.objective == "ms" else ()
+    return digest(content, site.shape, asked, plan.share, context.objective, speed, context.calibration.key, site.name, context.seed)
+
+
+def _cached(graph: Graph, context: Context, plan: Plan, site: Site) -> Decision | None:
+    entry = context.fits.get(_fit_key(graph, context, plan, site))
+    if entry is None:
+        return None
+    operator, figures = entry
+    if operator is None:
+        return _keep(site, figures["reason"])
+    shift = torch.tensor(figures["shift"], dtype=torch.float64) if figures["shift"] else None
+    cost = after_cost(site, operator)
+    return Decision(site, figures["reason"], site_cost(site), cost, operator, figures["structure"], False, figures["error"], shift)
+
+
+def _fitted(graph: Graph, context: Context, plan: Plan, site: Site, moments: Moments | None) -> Decision:
+    """Fit, judge and remember."""
+    decision = _judged(graph, context, plan, site, moments)
+    shift = decision.shift.tolist() if decision.shift is not None else None
+    figures = {"reason": decision.reason, "structure": decision.structure, "error": decision.error, "shift": shift}
+    context.fits.put(_fit_key(graph, context, plan, site), decision.operator, figures)
+    return decision
+
+
+def _judged(graph: Graph, context: Context, plan: Plan, site: Site, moments: Moments | None) -> Decision:
+    weight = _weight(graph, site)
+    assert isinstance(weight, Tensor) and site.shape is not None and site.dtype is not None
+    if moments is None:
+        return _keep(site, "nothing is known of its input (no samples reach it and no LayerNorm stands before it): a fit would be blind")
+    limit = int(plan.share * weight.numel())
+    shifted = all(p.bias is not None and graph.is_const(p.bias) for p in site.places)
+    fits, refusals = fit_families(plan.structures, weight, moments, limit, context.rng(site), shifted)
+    if plan.explicit and not fits and plan.share < 1:
+        raise RewriteError(f"{site.name}: {'; '.join(refusals)}")
+    chosen, lost = best_that_pays(context, site, weight, fits)
+    if chosen is None:
+        return _keep(site, "; ".join([*lost, *refusals]) or "no family fits in the budget")
+    operator = chosen.operator.to(site.dtype)
+    shift = moments.shift(weight, operator.to(torch.float32).dense()) if shifted else None
+    after, before = after_cost(site, operator), site_cost(site)
+    reason = f"least weighted error of {len(fits)} forms at {after.params / before.params:.0%} of params"
+    return Decision(site, reason, before, after, operator, chosen.spelling, False, chosen.weighted_error, shift)
+
+
+def fit_families(
+    structures: Sequence[AbstractStructure], weight: Tensor, moments: Moments, limit: int, rng: torch.Generator, shifted: bool
+) -> tuple[list[Fitted], list[str]]:
+    """Every family's best member under the limit, best first, and why the others have none.
+
+    `shifted`: the bias takes the mean error up, so the families see the covariance; errors stay relative to the whole product.
+    """
+    seen = replace(moments, second=moments.covariance(), mean=torch.zeros_like(moments.mean)) if shifted else moments
+    scale = (seen.energy(weight) / max(moments.energy(weight), 1e-300)) ** 0.5
+    fits, refusals = [], []
+    for structure in structures:
+        found = structure.fit(weight, seen, limit, rng)
+        if isinstance(found, Fitted):
+            fits.append(replace(found, weighted_error=found.weighted_error * scale))
+        else:
+            refusals.append(f"{structure.name}: {found.reason}")
+    return sorted(fits, key=lambda f: f.weighted_error), refusals
+
+
+def best_that_pays(context: Context, site: Site, weight: Tensor, fits: Sequence[Fitted]) -> tuple[Fitted | None, list[str]]:
+    """The first fit that costs less than the dense weight by the objective, and the numbers of those that do not."""
+    before, lost = site_cost(site), []
+    if not fits:
+        return None, []
+    if context.objective != "ms":
+        for fit in fits:
+            after = after_cost(site, fit.operator)
+            if after.of(context.objective) < before.of(context.objective):
+                return fit, []
+            lost.append(f"{fit.spelling} does not pay: {after.of(context.objective):,} {context.objective} against {before.of(context.objective):,}")
+        return None, lost
+    dense = Dense(weight.float().T.contiguous())
+    table = context.seconds([dense, *[f.operator for f in fits]])
+    totals = [sum(column) for column in zip(*table, strict=True)]
+    for fit, total in zip(fits, totals[1:], strict=True):
+        if total < totals[0]:
+            return fit, []
+        at = ", ".join(map(str, context.tokens))
+        lost.append(f"{fit.spelling} does not pay: {1e3 * total:.3f} ms against {1e3 * totals[0]:.3f} ms dense at {at} tokens")
+    return None, lost
+

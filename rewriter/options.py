@@ -1,0 +1,96 @@
+"""The options of a run: one dataclass for the command line, the Python API and `replay`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rewriter.errors import RewriteError
+
+OBJECTIVES = ("params", "nbytes", "ms")
+OPSETS = range(18, 26)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option means what `rewrite --help` says; all values are plain, so that a report can hold and replay them."""
+
+    passes: str = "auto,pre-merge"
+    out: str | None = None
+    target: str | None = None
+    opset: int = 20
+    inputs: tuple[str, ...] = ()
+    data: str | None = None
+    dims: str | None = None
+    arch: str | None = None
+    task: str | None = None
+    adapters: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    budget: str | None = None  # params=0.5
+    objective: str | None = None
+    max_error: float | None = None
+    metric: str | None = None
+    tokens: str = "1,256"
+    seed: int = 0
+    threads: int = 1
+    cache: str | None = None
+    provider: str = "CPUExecutionProvider"
+    flatten: bool = False
+    allow_noop: bool = False
+    trust_pickle: bool = False
+    force: bool = False
+    quiet: bool = False
+    samples: int = 256  # how many are invented where no data is given
+    timing: bool = True  # measure the whole model's latency
+
+    def __post_init__(self) -> None:
+        if self.opset not in OPSETS:
+            raise RewriteError(f"--opset {self.opset} is out of range; give {OPSETS[0]} to {OPSETS[-1]}")
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise RewriteError(f"--objective {self.objective} is unknown; give one of {', '.join(OBJECTIVES)}")
+        if self.max_error is not None and not self.max_error >= 0:
+            raise RewriteError(f"--max-error {self.max_error} is out of range; give a relative error of at least 0, such as 0.1")
+        if self.threads < 1 or self.samples < 1:
+            raise RewriteError("--threads and the number of samples are at least 1")
+        _ = self.token_counts, self.share
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """--tokens as numbers."""
+        try:
+            counts = tuple(int(part) for part in self.tokens.split(","))
+        except ValueError:
+            counts = ()
+        if not counts or min(counts) < 1:
+            raise RewriteError(f"--tokens {self.tokens} cannot be read; give whole numbers of at least 1, such as 1,256")
+        return counts
+
+    @property
+    def share(self) -> float | None:
+        """--budget as a share of the dense numbers."""
+        if self.budget is None:
+            return None
+        unit, _, text = self.budget.partition("=")
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if unit != "params" or not 0 < share <= 1:
+            raise RewriteError(f"--budget {self.budget} cannot be read; give a share of the dense numbers above 0 and up to 1, such as params=0.5")
+        return share
+
+    def to_recipe(self) -> dict[str, Any]:
+        """What a report stores for `replay`: only what differs from the defaults."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Options:
+        """The options that a report stored."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(recipe) - names)
+        if unknown:
+            raise RewriteError(f"the report's recipe has options that this version does not know: {', '.join(unknown)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()})

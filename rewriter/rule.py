@@ -1,0 +1,109 @@
+"""Passes and decisions. A pass looks at sites and decides; every site gets a decision, with its reason.
+
+A pass is a frozen dataclass: requires -> run -> ensures; its fields are its options on the command line. It rewrites by `graph.splice`, and what
+it did can be taken back by `graph.restore`, so a later bound can give a site up again.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rewriter.backend import Target
+from rewriter.cache import FitCache
+from rewriter.calibrate import Calibration
+from rewriter.cost import Cost
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph, Site
+from rewriter.operator import AbstractMatrix
+from rewriter.progress import Progress
+from rewriter.structure import spell
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one site. `before` and `after` are per token; kept sites have them equal."""
+
+    site: Site
+    reason: str  # never empty
+    before: Cost = Cost()
+    after: Cost = Cost()
+    operator: AbstractMatrix | None = None  # None: kept
+    structure: str = ""  # as written on the command line
+    exact: bool = False
+    error: float | None = None  # weighted, relative to the site's product
+    shift: Tensor | None = None  # what the bias gained
+
+    @property
+    def rewritten(self) -> bool:
+        return self.operator is not None
+
+    def kept(self, reason: str) -> Decision:
+        """The same site, given up."""
+        return replace(self, reason=reason, after=self.before, operator=None, structure="", exact=False, error=None, shift=None)
+
+
+@dataclass
+class Context:
+    """What a pass may ask while it runs."""
+
+    target: Target
+    calibration: Calibration
+    tokens: tuple[int, ...]  # token counts that speed is judged at
+    threads: int
+    objective: str  # "params" | "nbytes" | "ms": the unit in which a lossy rewrite has to pay
+    share: float | None  # --budget params=S: at most this share of the dense numbers
+    consent: bool  # lossy `auto` was asked for by a bound
+    selected: Sequence[Site]  # the sites that globs leave
+    fits: FitCache
+    progress: Progress
+    seed: int = 0
+    decisions: dict[str, Decision] = field(default_factory=dict)  # of earlier passes, by site id
+
+    def rng(self, site: Site) -> torch.Generator:
+        """The site's own generator: independent of order and of what else is rewritten."""
+        generator = torch.Generator()
+        generator.manual_seed((self.seed * 1_000_003 + int.from_bytes(site.name.encode()[-7:], "little")) % (1 << 63))
+        return generator
+
+    def seconds(self, forms: Sequence[AbstractMatrix]) -> list[list[float]]:
+        """Measured on the target: one row for each token count, one figure for each form."""
+        return [self.target.measure(forms, tokens, self.threads) for tokens in self.tokens]
+
+
+@dataclass(frozen=True)
+class AbstractPass(abc.ABC):
+    """A rewrite of a graph. Laws: every selected site gets exactly one decision; a kept site's nodes are as they were; same seed, same result."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # one line for `rewrite passes`
+    kinds: ClassVar[dict[str, type[AbstractPass]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if not cls.__name__.startswith("Abstract"):
+            AbstractPass.kinds[cls.name] = cls
+
+    def requires(self, graph: Graph) -> None:
+        """RewriteError where the pass cannot work on such a graph at all."""
+
+    @abc.abstractmethod
+    def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
+        """Decide, and splice what is rewritten."""
+
+    def ensures(self, graph: Graph) -> None:
+        """Check what the pass promises of the graph it leaves; a violation is a bug, not bad input."""
+
+    def spelling(self) -> str:
+        """As written on the command line."""
+        return spell(self)
+
+
+def check_share(share: float | None, where: str) -> None:
+    """RewriteError unless a share of the dense numbers lies in (0, 1]."""
+    if share is not None and not 0 < share <= 1:
+        raise RewriteError(f"{where}={share} is out of range; give a share of the dense numbers above 0 and up to 1, such as 0.5")
