@@ -1,1 +1,1 @@
-"""Model files and folders: how each becomes a graph, and how a graph becomes a file."""
+"""Model files are hostile until proven otherwise: recognised by content, checked before anything in them is allocated or run."""
