@@ -1,0 +1,99 @@
+"""A rank-r matrix has r independent rows P, the others are combinations of them: y_P = W_P x, y_rest = C y_P.
+
+r n + (m - r) r = r (m + n - r) numbers instead of r (m + n) for the same matrix: at equal numbers, a higher rank (PIFA, Zhao et al. 2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import isqrt
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from rewriter.moments import Moments
+from rewriter.operator import AbstractMatrix
+from rewriter.ops import AnyOps
+from rewriter.passes.solvers.pivoting import row_basis
+from rewriter.passes.solvers.rank_search import find_rank
+from rewriter.passes.solvers.spectral import spectrum
+from rewriter.passes.structures._common import exact, fitted, too_dear, unusable
+from rewriter.structure import AbstractStructure, Fitted, NoMatch
+
+LARGEST = 100.0  # coefficients of the dependent rows; above it float32 would lose two more digits
+
+
+@dataclass(frozen=True)
+class PivotedLowRank(AbstractMatrix):
+    """z = x @ down are the independent outputs, z @ rest the others, index puts them in order."""
+
+    down: Tensor  # (n, r)
+    rest: Tensor  # (r, m - r)
+    index: Tensor  # (m,) int64
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.index), self.down.shape[0]
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        z = ops.matmul(x, ops.const(self.down))
+        return ops.gather(ops.concat([z, ops.matmul(z, ops.const(self.rest))]), ops.const(self.index))
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls(torch.randn(7, 2, generator=rng), torch.randn(2, 3, generator=rng), torch.randperm(5, generator=rng))
+
+
+def pivoted(down: Tensor, up: Tensor) -> PivotedLowRank | NoMatch:
+    """The same matrix as down (n, r) @ up (r, m), r < m, on r of its own rows."""
+    rank, m = up.shape
+    pivots, coefficients, largest = row_basis(up.T)
+    if not largest <= LARGEST:
+        return NoMatch(f"no well-conditioned choice of {rank} rows: coefficients reach {largest:.1e}, the bound is {LARGEST:.0f}")
+    others = torch.ones(m, dtype=torch.bool).index_fill(0, pivots, False).nonzero().flatten()
+    return PivotedLowRank(down @ up[:, pivots], coefficients[others].T.contiguous(), torch.argsort(torch.cat([pivots, others])))
+
+
+@dataclass(frozen=True)
+class PivotedLowRankStructure(AbstractStructure):
+    """rank: the number of independent outputs; by default the largest that the limit admits."""
+
+    name: ClassVar[str] = "pivoted-low-rank"
+    rank: int | None = None
+
+    def fit(self, weight: Tensor, moments: Moments, cost_limit: int, rng: torch.Generator) -> Fitted | NoMatch:
+        """The weighted optimum at its rank, as `low-rank` has it; rank < rows."""
+        if (refused := unusable(weight, moments)) is not None:
+            return refused
+        m, n = weight.shape
+        rank = self.rank or max(1, _affordable(m, n, cost_limit))
+        spelling = replace(self, rank=rank).spelling()
+        if rank * (m + n - rank) > cost_limit:
+            return too_dear(spelling, rank * (m + n - rank), cost_limit)
+        if rank >= m or rank > n:
+            return NoMatch(f"{spelling} of a {m} x {n} weight; {min(m, n)} independent rows are all of it")
+        operator = pivoted(*spectrum(weight, moments.second).truncate(rank))
+        return operator if isinstance(operator, NoMatch) else fitted(operator, spelling, weight, moments)
+
+    def discover(self, weight: Tensor) -> Fitted | NoMatch:
+        """Any rank below min(m, n) pays."""
+        if (refused := unusable(weight)) is not None:
+            return refused
+        most = min(min(weight.shape) - 1, self.rank or weight.shape[0])
+        found = find_rank(weight, most) if most else None
+        if found is None:
+            return NoMatch(f"rank exceeds {most}, the largest that stores fewer than {weight.numel()} numbers")
+        operator = pivoted(found.blocks.right[0, 0].T, found.blocks.left[0, 0].T)
+        return operator if isinstance(operator, NoMatch) else exact(operator, replace(self, rank=found.rank).spelling(), weight)
+
+
+def _affordable(m: int, n: int, limit: int) -> int:
+    """The largest rank r < m, r <= n, with r (m + n - r) <= limit."""
+    total = m + n
+    largest = min(m - 1, n)
+    inside = total * total - 4 * limit
+    if inside < 0:
+        return largest
+    root = isqrt(inside)
+    return min((total - root - (root * root < inside)) // 2, largest)
