@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.errors import RewriteError
@@ -170,11 +171,11 @@ def _specialised(program: ExportedProgram, specs: Sequence[InputSpec]) -> str | 
 
 
 def _drop_assumed_lower_bounds(program: ExportedProgram) -> None:
-    """torch.export assumes every dynamic size to be at least 2, forgives 0 and 1 for a plain size, but not for a sum of two
+    """torch.export assumes every dynamic size to be at least 2 and forgives 0 and 1 to a plain size, but not to a sum of two
     (`attention_mask.size()[1] >= 4`, which bars a prompt of three tokens). Sizes that an operation cannot take still fail in it."""
-    guards = getattr(program, "_guards_code", None)
-    if guards:
-        program._guards_code = [guard for guard in guards if not re.fullmatch(r"[\w.'\[\]]+\.size\(\)\[\d+\] >= \d+", guard.strip())]
+    for size, span in list(program.range_constraints.items()):
+        if len(size.free_symbols) > 1:
+            program.range_constraints[size] = ValueRanges(0, span.upper)
 
 
 def _name_outputs(program: ExportedProgram) -> None:
@@ -193,6 +194,7 @@ def _name_outputs(program: ExportedProgram) -> None:
             if taken in results:
                 continue
             taken._rename(f"{word}_inner")
+            program.graph._graph_namespace._used_names.discard(word)
         node._rename(word)
         kept.arg.name = node.name
         nodes[node.name] = node
