@@ -33,29 +33,38 @@ class Plan:
 
 
 def decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision]:
-    """A decision for every selected site; those that a pass may rewrite are calibrated, fitted and spliced, one at a time."""
+    """A decision for every selected site. Sites are spliced after the last one was fitted, so that all see the model as it was given."""
+    decided = list(_decide_all(graph, context, plan))
+    for decision in decided:
+        if decision.operator is not None and decision is not context.decisions.get(decision.site.id):
+            graph.splice(decision.site, decision.operator, decision.shift)
+    yield from decided
+
+
+def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision]:
     open_sites = []
     for site in context.selected:
         earlier = context.decisions.get(site.id)
-        refusal = f"already {earlier.structure}" if earlier and earlier.rewritten else _refusal(site)
-        if refusal:
-            before = earlier.before if earlier else site_cost(site)
-            yield earlier or Decision(site, refusal, before, before)
+        refusal = _refusal(site)
+        if earlier is not None and earlier.rewritten:
+            yield earlier
+        elif refusal:
+            yield _keep(site, refusal)
         else:
             open_sites.append(site)
     missing = []
     for site in context.progress.track(open_sites, "looking for exact structure", len(open_sites)):
-        decision = _discovered(graph, context, plan, site)
+        decision = _discovered(graph, plan, site)
         if decision is not None:
-            yield _applied(graph, decision)
+            yield decision
         elif not plan.lossy:
             yield _keep(site, "not an exact member of any family; a lossy form needs a bound: params=, --budget or --max-error")
         elif (cached := _cached(graph, context, plan, site)) is not None:
-            yield _applied(graph, cached)
+            yield cached
         else:
             missing.append(site)
     for site, moments in context.progress.track(context.calibration.moments(missing), "fitting", len(missing)):
-        yield _applied(graph, _fitted(graph, context, plan, site, moments))
+        yield _fitted(graph, context, plan, site, moments)
 
 
 def site_cost(site: Site) -> Cost:
@@ -85,12 +94,6 @@ def _keep(site: Site, reason: str) -> Decision:
     return Decision(site, reason, cost, cost)
 
 
-def _applied(graph: Graph, decision: Decision) -> Decision:
-    if decision.operator is not None:
-        graph.splice(decision.site, decision.operator, decision.shift)
-    return decision
-
-
 def _weight(graph: Graph, site: Site) -> Tensor | str:
     """The matrix in float32, or why it cannot be used."""
     weight = load_weight(graph, site)
@@ -108,7 +111,7 @@ def after_cost(site: Site, operator: AbstractMatrix) -> Cost:
     return Cost(one.params, one.flops * len(site.places), one.nbytes)
 
 
-def _discovered(graph: Graph, context: Context, plan: Plan, site: Site) -> Decision | None:
+def _discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
     weight = _weight(graph, site)
     if isinstance(weight, str):
         return _keep(site, weight)

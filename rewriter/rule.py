@@ -38,10 +38,11 @@ class Decision:
     exact: bool = False
     error: float | None = None  # weighted, relative to the site's product
     shift: Tensor | None = None  # what the bias gained
+    part_of: str = ""  # the site whose operator does this one's work too
 
     @property
     def rewritten(self) -> bool:
-        return self.operator is not None
+        return self.operator is not None or bool(self.part_of)
 
     def kept(self, reason: str) -> Decision:
         """The same site, given up."""

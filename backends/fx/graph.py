@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Node
 
+from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.backends.fx import edit, names
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import SITE
@@ -43,7 +44,8 @@ class FxGraph:
     def of(cls, program: ExportedProgram) -> Self:
         """The graph of a program as torch.export gives it; the program itself is left alone."""
         outputs = _output_names(program)
-        return cls(program.run_decompositions({}), outputs)
+        with whole_recurrences():
+            return cls(program.run_decompositions({}), outputs)
 
     def nodes(self) -> Iterator[Node]:
         yield from self._walk(self._bodies[id(self.program.graph)])

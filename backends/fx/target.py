@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from rewriter.backend import EmitOptions, Runner
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.files.pt2 import load_pt2, save_pt2
+from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.backends.fx.custom_op import SITE, body
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.interpreter import run
@@ -30,7 +31,8 @@ def lower(graph: FxGraph) -> ExportedProgram:
     """The program with every opaque site spelled in plain aten and nothing unused in it."""
     clean = graph.clone()
     clean.prune()
-    return clean.program.run_decompositions({SITE: body})
+    with whole_recurrences():
+        return clean.program.run_decompositions({SITE: body})
 
 
 class TorchTarget:

@@ -1,0 +1,21 @@
+"""A verified model takes its final name: one rename, or, with a data file beside it, a save that puts the data first and the model last."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rewriter.backends.files import atomic
+
+
+def publish(emitted: Path, out: Path) -> None:
+    """Put the file at `emitted` where `out` says; a crash leaves the old file, or the new one, whole."""
+    if any(p != emitted for p in emitted.parent.glob(f"{emitted.name}*")):
+        from rewriter.backends.files.onnx_file import load_onnx, save_onnx
+
+        save_onnx(load_onnx(emitted), out, external_above=0)
+        return
+    with atomic.scratch_beside(out) as scratch:
+        held = scratch / out.name
+        shutil.copyfile(emitted, held)
+        atomic.publish(held, out)

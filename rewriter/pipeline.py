@@ -1,0 +1,387 @@
+"""The main job: read, detect, calibrate, rewrite, emit, reload, certify, measure, report. Nothing is written until everything held."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rewriter import registry, sampling
+from rewriter.backend import EmitOptions, Target
+from rewriter.cache import FitCache, default_folder
+from rewriter.calibrate import Calibration, Feeds, Samples
+from rewriter.errors import RewriteError
+from rewriter.fit import site_cost
+from rewriter.graph import Graph, Site
+from rewriter.inputs import parse_dims
+from rewriter.latency import grew, latencies
+from rewriter.options import Options
+from rewriter.progress import Progress
+from rewriter.report import Latency, OutputError, Report, site_row
+from rewriter.rule import Context, Decision
+from rewriter.select import select
+from rewriter.tolerances import EQUAL
+from rewriter.verify import Metric, certify
+from rewriter.versions import versions, warn_untested
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back. `emitted` is the model file in a scratch folder until `save` or `path` puts it somewhere."""
+
+    report: Report
+    exit_code: int  # 0 done; 1 nothing matched or worth it; 3 bound exceeded
+    message: str
+    path: Path | None = None
+    graph: Graph | None = None
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+    emitted: Path | None = None
+
+    @property
+    def module(self) -> Any:
+        """The rewritten model as an nn.Module with trainable factors (torch graphs), or as an onnx_ir.Model."""
+        if self.graph is None:
+            raise RewriteError(f"there is no rewritten model: {self.message}")
+        if self.graph.format == "torch":
+            return importlib.import_module("rewriter.backends.fx.target").lower(self.graph).module()
+        return self.graph.clone().model  # type: ignore[attr-defined]
+
+    def save(self, path: str | Path, force: bool = False) -> Path:
+        """Put the emitted, verified model at `path`; RewriteError where nothing was emitted or the file exists."""
+        if self.emitted is None:
+            raise RewriteError(f"there is nothing to save: {self.message}")
+        return publish(self.emitted, Path(path), force)
+
+
+@dataclass
+class Job:
+    """One run's state between its steps."""
+
+    options: Options
+    source: Any  # backends.files.load.Source
+    graph: Graph  # rewritten in place
+    target: Target
+    samples: sampling.Split
+    sites: Sequence[Site]
+    context: Context
+    begin: float
+    passes: Sequence[Any]
+    notes: list[str]
+
+    @property
+    def decisions(self) -> dict[str, Decision]:
+        """The last word on every site, by id."""
+        return self.context.decisions
+
+    def reference(self, feeds: Feeds) -> Mapping[str, Tensor]:
+        """The model as it was given."""
+        return self.source.graph.run(feeds)  # type: ignore[no-any-return]
+
+    @property
+    def lossy(self) -> list[Decision]:
+        """What was approximated, worst first."""
+        return sorted((d for d in self.decisions.values() if d.operator is not None and not d.exact), key=lambda d: -(d.error or 0.0))
+
+    @property
+    def rewritten(self) -> int:
+        return sum(d.rewritten for d in self.decisions.values())
+
+
+def rewrite(model: Any, options: Options, data: Any = None, publish_to_out: bool = True) -> Result:
+    """The whole job; with `publish_to_out` the emitted model ends at --out (default MODEL.rewritten.SUFFIX)."""
+    out = _out(model, options) if publish_to_out else None
+    job = _prepare(model, options, data)
+    failure = _decide(job)
+    if failure is None and not job.rewritten and not options.allow_noop:
+        failure = (1, "nothing was rewritten: " + _why_nothing(job))
+    if failure is not None:
+        code, text = failure
+        return Result(_report(job, None, [], {}, planned=False), code, text)
+    return _emit(job, out)
+
+
+def plan(model: Any, options: Options, data: Any = None) -> Result:
+    """The same decisions and fits, kept in the cache; nothing is written."""
+    job = _prepare(model, options, data)
+    _decide(job)
+    error = _certificate(job, job.graph.run, job.samples.held_out) if job.lossy else None
+    text = f"plan: {job.rewritten} of {len(job.sites)} sites would be rewritten; `rewrite` with the same options reuses these fits"
+    return Result(_report(job, error, [], {}, planned=True), 0, text, graph=job.graph)
+
+
+def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
+    """How far B's outputs are from A's, on --data or invented inputs."""
+    first, second = _open(a, options), _open(b, options)
+    _same_interface(first.graph, second.graph)
+    samples = sampling.collect(first, options.data, options.samples, options.seed).held_out
+    found = certify(first.graph.run, second.graph.run, samples, options.max_error, _metric(options))
+    return found, 3 if options.max_error is not None and found.upper > options.max_error else 0
+
+
+def bench(a: str, b: str, options: Options) -> list[Latency]:
+    """Latency of B against A, interleaved; the interfaces are compared first."""
+    first, second = _open(a, options), _open(b, options)
+    _same_interface(first.graph, second.graph)
+    target = _target(options, first, None)
+    explicit = parse_dims(options.dims) if options.dims else {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [_as_file(source, target, Path(folder) / f"{name}{target.suffix}", options) for name, source in (("a", first), ("b", second))]
+        return latencies(target, paths[0], paths[1], first.graph, first.specs, explicit, options.token_counts, options.threads)
+
+
+def _open(model: Any, options: Options) -> Any:
+    return importlib.import_module("rewriter.backends.files.load").open_source(model, options)
+
+
+def _as_file(source: Any, target: Target, path: Path, options: Options) -> Path:
+    """The model as a file that the target opens: the user's own where it is one."""
+    if source.path and Path(source.path).is_file() and source.graph.format == "onnx" and target.suffix == ".onnx":
+        return Path(source.path)
+    target.emit(source.graph, path, EmitOptions(options.opset, False, options.token_counts, options.threads))
+    return path
+
+
+def _same_interface(a: Graph, b: Graph) -> None:
+    for what, first, second in (
+        ("inputs", [s.name for s in a.specs()], [s.name for s in b.specs()]),
+        ("outputs", a.output_names(), b.output_names()),
+    ):
+        if first != second:
+            raise RewriteError(f"the models' {what} differ: {', '.join(first)} against {', '.join(second)}; compare models of one interface")
+
+
+def _prepare(model: Any, options: Options, data: Any) -> Job:
+    begin = time.perf_counter()
+    progress = Progress(options.quiet)
+    passes = registry.parse_passes(options.passes)
+    if not passes:
+        raise RewriteError("--passes is empty; `rewrite passes` lists them")
+    source = _open(model, options)
+    target = _target(options, source, options.out)
+    graph = source.graph.clone()
+    sites = [site for detect in registry.detectors() for site in detect(graph)]
+    selected, out = select(sites, options.include, options.exclude)
+    decisions = {s.id: Decision(s, reason, site_cost(s), site_cost(s)) for s, reason in out}
+    samples = sampling.collect(source, data if data is not None else options.data, options.samples, options.seed)
+    for step in passes:
+        step.requires(graph)
+    context = _context(options, passes, target, Calibration(graph, samples.calibration, progress), selected, decisions)
+    return Job(options, source, graph, target, samples, sites, context, begin, passes, [*warn_untested(), *source.notes])
+
+
+def _context(
+    options: Options, passes: Sequence[Any], target: Target, calibration: Calibration, selected: Sequence[Site], decisions: dict[str, Decision]
+) -> Context:
+    shares = [share for step in passes if (share := getattr(step, "params", None))]
+    return Context(
+        target=target,
+        calibration=calibration,
+        tokens=options.token_counts,
+        threads=options.threads,
+        objective=options.objective or ("params" if options.share or shares else "ms"),
+        share=options.share,
+        consent=options.max_error is not None,
+        selected=selected,
+        fits=FitCache(Path(options.cache) if options.cache else default_folder()),
+        progress=calibration.progress,
+        seed=options.seed,
+        decisions=decisions,
+    )
+
+
+def _target(options: Options, source: Any, out: str | None) -> Target:
+    """--target, else OUT's suffix, else the input's format; RewriteError for what cannot be emitted from this input."""
+    name = options.target
+    if name is None:
+        suffix = Path(out).suffix if out else ""
+        name = {".onnx": "onnxruntime", ".pt2": "torch"}.get(suffix) or ("onnxruntime" if source.graph.format == "onnx" else "torch")
+    if name not in registry.targets():
+        raise RewriteError(f"--target {name} is unknown; give one of {', '.join(registry.targets())}")
+    target: Target = registry.targets()[name]()
+    if source.graph.format not in target.accepts:
+        raise RewriteError(f"--target {name} needs a torch model, this one is ONNX; give --target onnxruntime or onnx")
+    return target
+
+
+def _out(model: Any, options: Options) -> Path:
+    """Where the model goes, checked before the work begins."""
+    if options.out:
+        path = Path(options.out)
+    elif isinstance(model, str | Path):
+        given = Path(model)
+        torch_like = options.target == "torch" or (options.target is None and given.suffix != ".onnx")
+        path = given.with_name(f"{given.stem if given.is_file() else given.name}.rewritten{'.pt2' if torch_like else '.onnx'}")
+    else:
+        raise RewriteError("a model in memory has no name to write next to; give out=, or use result.save(path)")
+    if path.exists() and not options.force:
+        raise RewriteError(f"{path} exists; give --force to replace it, or another -o OUT")
+    if not path.parent.is_dir():
+        raise RewriteError(f"the folder {path.parent} does not exist; make it, or give another -o OUT")
+    return path
+
+
+def _decide(job: Job) -> tuple[int, str] | None:
+    """Run the passes, then give lossy sites up until the bound holds. Returns (exit code, why) where the run ends here."""
+    for step in job.passes:
+        for decision in step.run(job.graph, job.context):
+            job.decisions[decision.site.id] = decision
+        step.ensures(job.graph)
+    for site in job.sites:
+        job.decisions.setdefault(site.id, Decision(site, site.reason or "no pass looked at it", site_cost(site), site_cost(site)))
+    if job.options.max_error is None or not job.rewritten:
+        return None
+    return _bound(job, job.options.max_error)
+
+
+def _bound(job: Job, bound: float) -> tuple[int, str] | None:
+    """Give up as few lossy sites as the bound allows, worst first: bisection on how many."""
+    lossy = job.lossy
+    given_up: list[Decision] = []
+
+    def holds(count: int) -> bool:
+        for decision in given_up[count:]:
+            assert decision.operator is not None
+            job.graph.splice(decision.site, decision.operator, decision.shift)
+        for decision in lossy[len(given_up) : count]:
+            job.graph.restore(decision.site)
+        given_up[:] = lossy[:count]
+        return _certificate(job, job.graph.run, job.samples.held_out).upper <= bound
+
+    low, high = 0, len(lossy)
+    if not holds(0):
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        ok = holds(high)
+        for decision in given_up:
+            job.decisions[decision.site.id] = decision.kept(
+                f"given up for --max-error {bound}: {decision.structure} had weighted error {decision.error:.3g}, among the worst"
+            )
+        if not ok:
+            return 3, f"the output error exceeds --max-error {bound} with nothing lossy left; nothing was written"
+    return None
+
+
+def _why_nothing(job: Job) -> str:
+    if not job.sites:
+        return "the model has no linear, attention, recurrence or adapter site"
+    reasons = [d.reason for d in job.decisions.values()]
+    most = max(set(reasons), key=reasons.count)
+    return f"{len(job.sites)} sites were kept, {reasons.count(most)} of them because: {most}"
+
+
+def _metric(options: Options) -> tuple[str, Metric] | None:
+    if options.metric is None:
+        return None
+    module, _, function = options.metric.partition(":")
+    try:
+        found: Callable[..., float] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RewriteError(f"--metric {options.metric} cannot be imported: {error}; give MODULE:FUNCTION(dense, rewritten, feeds) -> float") from error
+    return options.metric, found
+
+
+def _certificate(job: Job, run: Callable[[Feeds], Mapping[str, Tensor]], samples: Samples) -> OutputError:
+    return certify(job.reference, run, samples, job.options.max_error, _metric(job.options))
+
+
+def _emit(job: Job, out: Path | None) -> Result:
+    """Write to a scratch folder, reload, certify the reloaded file, measure; publish only when all of it holds."""
+    options = job.options
+    scratch = tempfile.TemporaryDirectory(prefix=".rewrite-", dir=out.parent if out else None)
+    folder = Path(scratch.name)
+    name = out.name if out else f"model{job.target.suffix}"
+    draft = _report(job, None, [], {}, planned=False)
+    provenance = {"report": draft.to_json()}
+    emission = EmitOptions(options.opset, options.flatten, options.token_counts, options.threads, provenance)
+    emitted = folder / name
+    job.target.emit(job.graph, emitted, emission)
+    error = _certificate(job, job.target.open(emitted, options.threads), job.samples.held_out)
+    failure = _refused(job, error)
+    rows: list[Latency] = []
+    nbytes: dict[str, int | None] = {"dense": None, "rewritten": size(emitted)}
+    if failure is None:
+        (folder / "dense").mkdir()
+        dense = _as_file(job.source, job.target, folder / "dense" / name, dataclasses.replace(options, flatten=False))
+        nbytes["dense"] = size(dense)
+        if options.timing:
+            explicit = parse_dims(options.dims) if options.dims else {}
+            rows = latencies(job.target, dense, emitted, job.graph, job.source.specs, explicit, options.token_counts, options.threads)
+        failure = _not_smaller(options, rows, nbytes, job)
+        shutil.rmtree(folder / "dense")
+    report = _report(job, error, rows, nbytes, planned=False)
+    if failure is not None:
+        scratch.cleanup()
+        return Result(report, failure[0], failure[1])
+    path = publish(emitted, out, options.force) if out else None
+    text = f"{path or 'in memory'}: {job.rewritten} of {len(job.sites)} sites rewritten, reloaded and checked"
+    if path is not None:
+        scratch.cleanup()
+    return Result(report, 0, text, path, job.graph, scratch, emitted)
+
+
+def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
+    """An exact rewrite whose output moved is a fault; a bound that the emitted model exceeds is exit 3."""
+    bound = job.options.max_error
+    if bound is not None and error.upper > bound:
+        return 3, f"the emitted model's error {error.upper:.3g} exceeds --max-error {bound}; nothing was written"
+    if not job.lossy:
+        dtypes = [d.site.dtype for d in job.decisions.values() if d.site.dtype in EQUAL]
+        tolerance = max((EQUAL[d][0] for d in dtypes if d is not None), default=1e-4)
+        if not error.estimate <= 10 * tolerance:
+            raise RewriteError(f"an exact rewrite moved the output by {error.estimate:.3g} (allowed {10 * tolerance:.1g}); please report this; nothing was written")
+    return None
+
+
+def _not_smaller(options: Options, rows: Sequence[Latency], nbytes: Mapping[str, int | None], job: Job) -> tuple[int, str] | None:
+    if options.force or not job.rewritten:
+        return None
+    dense, now = nbytes["dense"], nbytes["rewritten"]
+    if dense is not None and now is not None and now > dense * 1.001:
+        return 1, f"the output grew from {dense:,} to {now:,} bytes; nothing was written (--force writes it all the same)"
+    if grew(rows):
+        said = ", ".join(f"{r.ratio:.2f}x at {r.tokens} tokens" for r in rows if r.ratio is not None)
+        return 1, f"the rewritten model is slower than dense ({said}); nothing was written (--force writes it all the same)"
+    return None
+
+
+def size(path: Path) -> int:
+    """Bytes of a model file and of the data files that lie beside it under its name."""
+    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.is_file())
+
+
+def publish(emitted: Path, out: Path, force: bool) -> Path:
+    """Move a model and its data files into place: data first, under names of their own, the model last."""
+    if out.exists() and not force:
+        raise RewriteError(f"{out} exists; give --force to replace it")
+    publisher = importlib.import_module("rewriter.backends.files.publish")
+    publisher.publish(emitted, out)
+    return out
+
+
+def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: dict[str, int | None], planned: bool) -> Report:
+    sites = [site_row(job.decisions[s.id], planned) for s in job.sites]
+    source = job.source
+    return Report(
+        model={"path": source.path, "sha256": source.sha256, "format": source.format},
+        passes=[step.spelling() for step in job.passes],
+        target=job.target.name,
+        seed=job.options.seed,
+        matched={"sites": len(job.sites), "rewritten": job.rewritten},
+        sites=sites,
+        output_error=error,
+        latency=rows,
+        versions=versions(),
+        seconds=round(time.perf_counter() - job.begin, 3),
+        recipe=job.options.to_recipe(),
+        notes=job.notes,
+        nbytes=nbytes,
+    )

@@ -1,0 +1,158 @@
+"""Where samples come from: the user's data, text through the model's tokenizer, or invention; split into calibration and held-out ones.
+
+Figures in a certificate are taken on samples that no fit has seen: every eighth sample is held out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.cache import digest
+from rewriter.calibrate import Samples
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph, Value
+from rewriter.inputs import InputLaw, InputSpec, batches, dim_names, invent
+
+BATCH = 16
+HOLD_OUT = 8  # every eighth
+LEAST_TO_SPLIT = 32
+LENGTH = 128  # of a sequence that is invented
+_THROUGH = {"cast", "identity", "reshape", "expand", "slice", "unsqueeze", "squeeze", "transpose", "add", "aten.clamp", "aten.lift_fresh_copy"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Calibration samples and held-out ones; the same ones where there are too few to split, which the law then says."""
+
+    calibration: Samples
+    held_out: Samples
+
+
+def index_bounds(graph: Graph, specs: Sequence[InputSpec]) -> dict[str, int]:
+    """For each integer input, the size of the smallest table that it indexes."""
+    names = {spec.name for spec in specs}
+    bounds: dict[str, int] = {}
+    for node in graph.nodes():
+        if graph.op(node) in ("embedding", "gather"):
+            table, index = list(graph.inputs(node))[:2]
+            shape = graph.shape(table) if table is not None and graph.is_const(table) else None
+            name = _input_behind(graph, index, names)
+            if name and shape and isinstance(shape[0], int):
+                bounds[name] = min(bounds.get(name, shape[0]), shape[0])
+    return bounds
+
+
+def _input_behind(graph: Graph, value: Value | None, names: set[str]) -> str:
+    """The graph input that an index value comes from, through casts and views; "" where it is computed."""
+    for _ in range(8):
+        if value is None:
+            return ""
+        if graph.name(value) in names:
+            return graph.name(value)
+        node = graph.producer(value)
+        if node is None or graph.op(node) not in _THROUGH:
+            return ""
+        value = next((v for v in graph.inputs(node) if v is not None and not graph.is_const(v)), None)
+    return ""
+
+
+def invented(graph: Graph, specs: Sequence[InputSpec], sizes: Mapping[str, int], count: int, seed: int, batch: int = 0) -> Samples:
+    """Samples made up by the law that the specs imply."""
+    bounds = index_bounds(graph, specs)
+    law = str(InputLaw.invented(specs, bounds))
+    feeds = invent(specs, sizes, bounds, count, seed)
+    key = digest("invented", law, sorted(sizes.items()), count, seed)
+    return Samples(list(batches(feeds, batch or _step(specs))), law, key, invented=True)
+
+
+def _step(specs: Sequence[InputSpec]) -> int:
+    """The batch size: the fixed first dimension where there is one."""
+    fixed = [spec.dims[0] for spec in specs if spec.dims and isinstance(spec.dims[0], int)]
+    return int(fixed[0]) if fixed else BATCH
+
+
+def collect(source: Any, data: Any, count: int, seed: int) -> Split:
+    """The samples of a run: `data` is None, a path, a mapping of arrays or a list of lines."""
+    if data is None:
+        sizes = invented_sizes(source.specs, source.sizes)
+        first = invented(source.graph, source.specs, sizes, count, seed)
+        return Split(first, invented(source.graph, source.specs, sizes, max(count // 4, 16), seed + 1))
+    if isinstance(data, str | Path):
+        return _from_file(source, Path(data))
+    if isinstance(data, Mapping):
+        return _from_arrays(source, {k: torch.as_tensor(v) for k, v in data.items()}, "data: given in memory")
+    return _from_lines(source, list(data), "text: given in memory")
+
+
+def invented_sizes(specs: Sequence[InputSpec], given: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the dynamic dimensions for invented samples: those given, else `LENGTH`."""
+    return {name: given.get(name, LENGTH) for name in dim_names(specs)}
+
+
+def _from_file(source: Any, path: Path) -> Split:
+    files = importlib.import_module("rewriter.backends.files.samples")
+    if not path.exists():
+        raise RewriteError(f"--data {path} does not exist; give a .npz of inputs or a text file with one sentence a line")
+    with path.open("rb") as stream:
+        zipped = stream.read(2) == b"PK"
+    if zipped:
+        arrays = {k: torch.as_tensor(v) for k, v in files.load_npz(path).items()}
+        return _from_arrays(source, arrays, f"data: {path.name}")
+    return _from_lines(source, files.load_lines(path), f"text: {path.name} through the folder's tokenizer")
+
+
+def _from_arrays(source: Any, arrays: Mapping[str, Tensor], law: str) -> Split:
+    wanted = [spec.name for spec in source.specs]
+    if missing := [name for name in wanted if name not in arrays]:
+        raise RewriteError(f"--data lacks input '{missing[0]}'; it has {', '.join(arrays)} and the model takes {', '.join(wanted)}")
+    feeds = {spec.name: arrays[spec.name].to(spec.torch_dtype) for spec in source.specs}
+    for spec in source.specs:
+        fixed = [(a, d) for a, d in enumerate(spec.dims) if a and isinstance(d, int)]
+        shape = feeds[spec.name].shape
+        if len(shape) != len(spec.dims) or any(shape[a] != d for a, d in fixed):
+            raise RewriteError(f"--data: '{spec.name}' has shape {list(shape)} and the model takes {spec}; axis 0 counts samples")
+    key = digest("arrays", *[(k, tuple(v.shape), _bytes(v)) for k, v in sorted(feeds.items())])
+    step = _step(source.specs)
+    return _split(list(batches(feeds, step)), law, key)
+
+
+def _bytes(tensor: Tensor) -> str:
+    return digest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _from_lines(source: Any, lines: list[str], law: str) -> Split:
+    if source.encode is None:
+        raise RewriteError("--data is text, and this model has no tokenizer; give a Hugging Face folder, or --data FILE.npz with the inputs")
+    if not lines:
+        raise RewriteError("--data holds no text; give one sentence a line")
+    chosen = lines[HOLD_OUT - 1 :: HOLD_OUT]
+    fit = [line for i, line in enumerate(lines) if i % HOLD_OUT != HOLD_OUT - 1]
+    key = digest("lines", *lines)
+    if len(lines) < LEAST_TO_SPLIT:
+        every = Samples(_encoded(source, lines), f"{law} (the calibration samples themselves)", key)
+        return Split(every, every)
+    held = Samples(_encoded(source, chosen), f"{law}, held out", digest(key, "held out"))
+    return Split(Samples(_encoded(source, fit), law, key), held)
+
+
+def _encoded(source: Any, lines: Sequence[str]) -> list[Mapping[str, Tensor]]:
+    """Batches of lines of like length, so that there is little padding."""
+    ordered = sorted(lines, key=len)
+    return [source.encode(ordered[i : i + BATCH]) for i in range(0, len(ordered), BATCH)]
+
+
+def _split(given: list[dict[str, Tensor]], law: str, key: str) -> Split:
+    count = sum(len(next(iter(b.values()))) for b in given)
+    if count < LEAST_TO_SPLIT or len(given) < 2:
+        every = Samples(given, f"{law} (the calibration samples themselves)", key)
+        return Split(every, every)
+    held = given[HOLD_OUT - 1 :: HOLD_OUT] or given[-1:]
+    fit = [b for b in given if all(b is not h for h in held)]
+    return Split(Samples(fit, law, key), Samples(held, f"{law}, held out", digest(key, "held out")))
