@@ -18,9 +18,9 @@ from rewriter.passes.solvers.spectral import ridged
 
 PROXIMAL = 1e-6  # relative to the mean of H's diagonal
 FP64_WORK = 2**30  # multiply-adds of one sweep above which its large products run in float32
-SWEEPS = 6
+SWEEPS = 5
 GAIN = 4e-3  # of the loss; a sweep that gains less is the last
-EXACT_SIZE = 256  # eigenproblems above this size are warm-started after the first sweep
+EXACT_SIZE = 256  # larger eigenproblems are warm-started after the first sweep
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,8 @@ class _Problem:
         corner = torch.stack([h[c * q : (c + 1) * q, c * q : (c + 1) * q] for c in range(k)])
         corner = corner + PROXIMAL * h.diagonal().mean() * torch.eye(q, dtype=torch.float64)
         work = torch.float64 if padded.shape[0] * padded.shape[1] ** 2 <= FP64_WORK else torch.float32
-        padded, h = padded.to(work), h.to(work)
-        energy = float(((padded @ h) * padded).sum())
-        return cls(padded, h, corner, torch.linalg.cholesky(corner), rank, g, energy * torch.finfo(work).eps)
+        energy = float((padded.square() @ h.diagonal()).sum())  # up to correlations
+        return cls(padded.to(work), h.to(work), corner, torch.linalg.cholesky(corner), rank, g, energy * torch.finfo(work).eps)
 
     def loss(self) -> float:
         return float(((self.residual @ self.second) * self.residual).sum(dtype=torch.float64))
@@ -97,7 +96,7 @@ class _Problem:
         parts = []
         for c in range(k):
             block = self.residual[:, c * q : (c + 1) * q].double().reshape(self.groups, -1, q)
-            basis = leading(block, self.corner[c], self.rank)
+            basis = leading(block, block @ self.corner[c], self.corner[c])[..., : self.rank]
             parts.append((basis, basis.mT @ block))
         return torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
 
@@ -108,13 +107,16 @@ class _Problem:
         for c in range(k):
             cols = slice(c * q, (c + 1) * q)
             gradient = (self.residual @ self.second[:, cols]).double()  # (g s, q)
-            old = (left[c] @ right[c]).flatten(0, 1)
-            target = (old + torch.cholesky_solve(gradient.T, self.factor[c]).T).reshape(self.groups, -1, q)
-            left[c] = leading(target, self.corner[c], self.rank, left[c])
+            old = left[c] @ right[c]
+            target = old + torch.cholesky_solve(gradient.T, self.factor[c]).T.reshape(old.shape)
+            image = left[c] @ (right[c] @ self.corner[c]) + gradient.reshape(old.shape)  # target @ corner, for less
+            left[c] = leading(target, image, self.corner[c], left[c])
             right[c] = left[c].mT @ target
-            step = (left[c] @ right[c]).flatten(0, 1) - old
-            fallen += float(2 * (step * gradient).sum() - ((step @ self.second[cols, cols].double()) * step).sum())
-            self.residual[:, cols] -= step.to(self.residual.dtype)
+            step = (left[c] @ right[c] - old).flatten(0, 1)
+            change = step.to(self.residual.dtype)
+            quadratic = ((change @ self.second[cols, cols]) * change).sum(dtype=torch.float64)
+            fallen += float(2 * (step * gradient).sum() - quadratic)
+            self.residual[:, cols] -= change
         return fallen
 
     def refit(self, blocks: Blocks) -> Blocks:
@@ -134,19 +136,20 @@ class _Problem:
         return replace(blocks, left=left, losses=(*blocks.losses, blocks.losses[-1] - fallen))
 
 
-def leading(target: Tensor, corner: Tensor, rank: int, warm: Tensor | None = None) -> Tensor:
-    """The `rank` leading eigenvectors of B G B^T for each B of target (g, s, q), G (q, q): (g, s, rank), orthonormal columns.
+def leading(target: Tensor, image: Tensor, corner: Tensor, warm: Tensor | None = None) -> Tensor:
+    """Eigenvectors of B G B^T, most energy first, for each B of target (g, s, q); image is B G, corner G (q, q).
 
-    With `warm` (g, s, rank), large problems take two steps of orthogonal iteration from there instead, which never lose energy either.
+    Without `warm` all min(s, q) of them. With warm (g, s, r) the r leading ones, (g, s, r), where large problems take two steps of
+    orthogonal iteration from there instead of an eigenproblem: such a step never loses energy either.
     """
     s, q = target.shape[1:]
     side, core = (None, target) if s <= q else torch.linalg.qr(target)
-    gram = core @ corner @ core.mT
+    gram = target @ image.mT if side is None else core @ corner @ core.mT
+    gram = (gram + gram.mT) / 2
     if warm is None or gram.shape[-1] <= EXACT_SIZE:
-        basis = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors[..., -rank:].flip(-1)
+        basis = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., : s if warm is None else warm.shape[-1]]
     else:
         basis = warm if side is None else side.mT @ warm
         basis = torch.linalg.qr(gram @ (gram @ basis)).Q
     carried: Tensor = basis if side is None else side @ basis
     return carried
-

@@ -18,6 +18,7 @@ from rewriter.tolerances import EXACT
 
 PIVOT = 1e-4  # pivots below this fraction of the root mean square pivot count as none
 MARGIN = 8  # spare rows, columns and sketch vectors
+GAP = 4.0  # between the last singular value of a block and the first of rounding
 TRIALS = 8  # grids decomposed before the search gives up
 
 
@@ -146,6 +147,11 @@ def _member(order: Tensor, part: int, parts: int, length: int, strided: bool) ->
     return order[(order % parts if strided else order // -(-length // parts)) == part]
 
 
+def _revealed(energies: Tensor, rank: int) -> bool:
+    """Whether the spectrum falls off a cliff behind this rank: a smooth tail below the tolerance is small, not structure."""
+    return rank >= len(energies) or bool(energies[rank - 1] >= GAP**2 * energies[rank])
+
+
 def decompose(weight: Tensor, grid: Grid, guess: int, most: int) -> Found | None:
     """Factors of all blocks at the least rank <= most that leaves a residual at rounding level; None when there is none."""
     tolerance = 0.5 * EXACT[weight.dtype] * float(torch.linalg.norm(weight.double()))
@@ -162,7 +168,7 @@ def decompose(weight: Tensor, grid: Grid, guess: int, most: int) -> Found | None
     u, sigma, v = torch.linalg.svd(core, full_matrices=False)
     dropped = sigma.square().sum((0, 1)).flip(0).cumsum(0).flip(0)  # energy lost at rank 0, 1, …
     rank = max(1, int((dropped > tolerance**2).sum()))
-    if rank > most:
+    if rank > most or not _revealed(sigma.square().sum((0, 1)), rank):
         return None
     factors = Blocks(side @ u[..., :rank], sigma[..., :rank, None] * v[..., :rank, :])
     return Found(grid, factors, rank)

@@ -49,9 +49,7 @@ def fit_best(structure: AbstractStructure, settings: list[tuple[Grid, int]], wei
 
 
 def discovered(structure: AbstractStructure, grids: Iterable[Grid], weight: Tensor, build: Build) -> Fitted | NoMatch:
-    """The smallest exact form over the grids."""
-    if (refused := unusable(weight)) is not None:
-        return refused
+    """The smallest exact form of a usable weight over the grids."""
     rank = getattr(structure, "rank", None)
     found = find_grid(weight, grids, rank)
     if found is None:

@@ -17,6 +17,7 @@ from rewriter.ops import AnyOps
 from rewriter.passes.solvers.block_descent import Blocks
 from rewriter.passes.solvers.rank_search import Grid, block_counts
 from rewriter.passes.structures._blocks import choices, discovered, fit_best
+from rewriter.passes.structures._common import unusable
 from rewriter.structure import AbstractStructure, Fitted, NoMatch
 
 
@@ -63,7 +64,9 @@ class BlockDenseStructure(AbstractStructure):
 
     def discover(self, weight: Tensor) -> Fitted | NoMatch:
         """Any block count that divides, small ones that do not."""
-        counts = [self.blocks] if self.blocks else block_counts(weight.shape[-1], 256)[1:]
+        if (refused := unusable(weight)) is not None:
+            return refused
+        counts = [self.blocks] if self.blocks else block_counts(weight.shape[1], 256)[1:]
         return discovered(self, [Grid(k, 1) for k in counts], weight, self._operator)
 
     def _operator(self, grid: Grid, blocks: Blocks, shape: torch.Size) -> AbstractMatrix:

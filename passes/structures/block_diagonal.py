@@ -81,7 +81,7 @@ class BlockDiagonalStructure(AbstractStructure):
             return NoMatch("its nonzero entries connect all rows and columns")
         if self.blocks and len(parts) != self.blocks:
             return NoMatch(f"the weight falls into {len(parts)} blocks, {self.blocks} were asked for")
-        spread = [adopt_zeros(parts, (weight.shape[0], weight.shape[1])), _adopt_rows(parts, weight.shape[0])]
+        spread = [adopt_zeros(parts, (weight.shape[0], weight.shape[1])), _adopt_one(parts, weight)]
         forms = [_operator(weight, choice) for choice in spread]
         best = min(forms, key=lambda form: (form.cost().params, form.cost().nbytes))
         return exact(best, replace(self, blocks=len(parts)).spelling(), weight)
@@ -109,16 +109,11 @@ def _behind(n: int, width: int) -> Tensor:
     return torch.arange(width).clamp_max(n - 1)
 
 
-def _adopt_rows(parts: list[Component], m: int) -> list[Component]:
-    """Zero rows to the component with the fewest rows, which may have room; zero columns are left unread."""
-    live = torch.zeros(m, dtype=torch.bool)
-    grown = [p.rows for p in parts]
-    for rows in grown:
-        live[rows] = True
-    for row in (~live).nonzero().flatten():
-        i = min(range(len(grown)), key=lambda j: len(grown[j]))
-        grown[i] = torch.cat([grown[i], row[None]])
-    return [Component(rows, part.columns) for rows, part in zip(grown, parts, strict=True)]
+def _adopt_one(parts: list[Component], weight: Tensor) -> list[Component]:
+    """One zero row, for all of them to read, to the component with the fewest rows; zero columns are left unread."""
+    dead = (weight == 0).all(1).nonzero().flatten()[:1]
+    i = min(range(len(parts)), key=lambda j: len(parts[j].rows))
+    return [Component(torch.cat([c.rows, dead]), c.columns) if j == i else c for j, c in enumerate(parts)]
 
 
 def _operator(weight: Tensor, parts: Sequence[Component]) -> AbstractMatrix:
@@ -137,8 +132,10 @@ def _operator(weight: Tensor, parts: Sequence[Component]) -> AbstractMatrix:
         columns += [c.columns[torch.arange(width).clamp_max(len(c.columns) - 1)] for c in run]
         rows += [torch.nn.functional.pad(c.rows, (0, height - len(c.rows)), value=-1) for c in run]
     order = torch.cat(rows)
-    places = torch.empty(weight.shape[0], dtype=torch.int64)
+    places = torch.full((weight.shape[0],), -1)
     places[order[order >= 0]] = (order >= 0).nonzero().flatten()
+    dead = (weight == 0).all(1)
+    places[dead & (places < 0)] = places[dead].max() if dead.any() else -1  # all zero rows read one
     inner = BlockDiagonal(runs[0]) if len(runs) == 1 else UnequalBlocks(tuple(runs))
     return _permuted(inner, torch.cat(columns), places, weight.shape[1])
 

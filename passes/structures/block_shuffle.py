@@ -14,7 +14,7 @@ from torch import Tensor
 from rewriter.moments import Moments
 from rewriter.passes.solvers.rank_search import Grid, block_counts
 from rewriter.passes.structures._blocks import choices, discovered, fit_best
-from rewriter.passes.structures._common import too_dear
+from rewriter.passes.structures._common import too_dear, unusable
 from rewriter.passes.structures.monarch import monarch
 from rewriter.structure import AbstractStructure, Fitted, NoMatch
 
@@ -28,6 +28,8 @@ class BlockShuffleStructure(AbstractStructure):
 
     def fit(self, weight: Tensor, moments: Moments, cost_limit: int, rng: torch.Generator) -> Fitted | NoMatch:
         """Monarch's fit at the preset's rank."""
+        if (refused := unusable(weight, moments)) is not None:
+            return refused
         counts = [b for b in ([self.blocks] if self.blocks else range(2, 65)) if self._rank(weight, b)]
         if not counts:
             return NoMatch(f"a {' x '.join(map(str, weight.shape))} weight is too small for {self.blocks or 2} blocks of full middle width")
@@ -41,12 +43,12 @@ class BlockShuffleStructure(AbstractStructure):
 
     def discover(self, weight: Tensor) -> Fitted | NoMatch:
         """One block count for both sides, rows contiguous or strided as fly has them."""
-        if weight.ndim != 2 or 0 in weight.shape:
-            return NoMatch(f"a weight of shape {tuple(weight.shape)} is no matrix with rows and columns")
+        if (refused := unusable(weight)) is not None:
+            return refused
         m, n = weight.shape
         common = [b for b in block_counts(m, 256) if b in block_counts(n, 256) and b > 1 and self.blocks in (None, b)]
         grids = [Grid(b, b, False, stride) for b in common for stride in (False, True) if not stride or m % b == 0]
         return discovered(self, grids, weight, monarch)
 
     def _rank(self, weight: Tensor, blocks: int) -> int:
-        return min(Grid(blocks, blocks).sizes(weight.shape)) // blocks if weight.ndim == 2 else 0
+        return min(Grid(blocks, blocks).sizes(weight.shape)) // blocks

@@ -18,6 +18,7 @@ from rewriter.ops import AnyOps
 from rewriter.passes.solvers.block_descent import Blocks
 from rewriter.passes.solvers.rank_search import Grid, block_counts, divisors
 from rewriter.passes.structures._blocks import choices, discovered, fit_best
+from rewriter.passes.structures._common import unusable
 from rewriter.passes.structures.block_dense import block_dense
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.structure import AbstractStructure, Fitted, NoMatch
@@ -80,6 +81,8 @@ class MonarchStructure(AbstractStructure):
 
     def discover(self, weight: Tensor) -> Fitted | NoMatch:
         """Contiguous grids, and strided ones where the counts divide."""
+        if (refused := unusable(weight)) is not None:
+            return refused
         return discovered(self, self._grids(*weight.shape), weight, monarch)
 
     def _grids(self, m: int, n: int) -> Iterator[Grid]:
