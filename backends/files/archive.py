@@ -14,6 +14,7 @@ from typing import IO, Any
 from rewriter.errors import RewriteError
 
 MAX_MEMBERS = 1_000_000
+MAX_RATIO = 1100  # above deflate's own limit of 1032: what an archive that may be compressed is allowed
 MAX_JSON_NBYTES = 1 << 30
 _CHUNK_NBYTES = 1 << 20
 _BAD_NAME = re.compile(r"[\x00-\x1f\\]")
@@ -94,6 +95,8 @@ def _common_root(names: list[str]) -> str:
 def _check_members(path: Path, infos: list[zipfile.ZipInfo], max_ratio: int) -> None:
     if len(infos) > MAX_MEMBERS:
         raise RewriteError(f"{path}: {len(infos)} members in the archive and {MAX_MEMBERS} are allowed; write the file again")
+    if min((info.header_offset for info in infos), default=0) != 0:  # the directory found belongs to a zip inside this one
+        raise RewriteError(f"{path}: a truncated or damaged zip (it does not begin with its first member); fetch or write the file again")
     seen: set[str] = set()
     for info in infos:
         name = info.filename

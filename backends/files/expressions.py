@@ -7,6 +7,7 @@ Two grammars share one walker. `expr_str` (srepr: Mul(Integer(2), Symbol('s27', 
 from __future__ import annotations
 
 import ast
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -114,13 +115,11 @@ class _Grammar:
             raise _Refused(f"the operator {type(op).__name__}")
 
     def _exponent(self, node: ast.expr, degree: int) -> int:
-        """A power needs a constant exponent: Integer(2), 2, -1, Rational(1, 2)."""
-        values = [child.value for child in ast.walk(node) if isinstance(child, ast.Constant)]
-        names = [child.id for child in ast.walk(node) if isinstance(child, ast.Name)]
-        numbers = [abs(value) for value in values if isinstance(value, int | float)]
-        if not numbers or not set(names) <= {"Integer", "Rational", "Float"}:
+        """A power needs a constant exponent, never one that is computed: Integer(2), 2, -1, Rational(1, 2)."""
+        numbers = _constants(node)
+        if not numbers:
             raise _Refused(f"a power whose exponent is no constant ({ast.unparse(node)[:60]})")
-        largest = max(1, *(int(number) + 1 if number != int(number) else int(number) for number in numbers))
+        largest = max(1, *(math.ceil(min(abs(number), MAX_DEGREE + 1)) for number in numbers))
         if largest * degree > MAX_DEGREE:
             raise _Refused(f"powers above {MAX_DEGREE}")
         return largest
@@ -180,6 +179,19 @@ class _Grammar:
                     node = value
                 case _:
                     raise _Refused(f"{type(node).__name__} ({ast.unparse(node)[:60]})")
+
+
+def _constants(node: ast.expr) -> list[float]:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return [value]
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+            return _constants(operand)
+        case ast.Call(func=ast.Name(id="Integer" | "Rational" | "Float"), args=[_, *_] as values):
+            parts = [_constants(value) for value in values]
+            return [number for part in parts for number in part] if all(parts) else []
+        case _:
+            return []
 
 
 def _symbol(node: ast.Call) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from rewriter.backends.files.archive import Archive, one_line, open_archive
+from rewriter.backends.files.archive import MAX_RATIO, Archive, one_line, open_archive
 from rewriter.errors import RewriteError
 
 MAX_NBYTES = 64 << 30
-_MAX_RATIO = 1100  # deflate's own limit is 1032
 _MAX_HEADER_NBYTES = 10_000
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,7 +22,7 @@ def load_npz(path: Path | str, max_nbytes: int = MAX_NBYTES) -> dict[str, Array]
     path = Path(path)
     if not path.is_file():
         raise RewriteError(f"{path}: there is no such file; give --data an .npz or a .txt that exists")
-    with open_archive(path, max_ratio=_MAX_RATIO) as archive:
+    with open_archive(path, max_ratio=MAX_RATIO) as archive:
         names = archive.names()
         if not names or not all(name.endswith(".npy") for name in names):
             raise RewriteError(f"{path}: not an .npz of arrays; write it with numpy.savez(path, input_name=array, ...)")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from rewriter.backends.files.archive import open_archive
+from rewriter.backends.files.archive import MAX_RATIO, open_archive
 from rewriter.errors import RewriteError
 
 MAX_HEADER_NBYTES = 100_000_000  # the safetensors library's own cap
@@ -72,7 +72,7 @@ def _folder(path: Path) -> Kind:
 
 
 def _zip(path: Path) -> Kind:
-    with open_archive(path, max_ratio=1000) as archive:
+    with open_archive(path, max_ratio=MAX_RATIO) as archive:
         names = archive.names()
     members = set(names)
     if "archive_format" in members or any(name.startswith("models/") and name.endswith(".json") for name in names):
