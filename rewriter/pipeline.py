@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from rewriter.latency import grew, latencies
 from rewriter.options import Options
 from rewriter.progress import Progress
 from rewriter.report import Latency, OutputError, Report, site_row
-from rewriter.rule import Context, Decision
+from rewriter.rule import AbstractPass, Context, Decision
 from rewriter.select import select
 from rewriter.tolerances import EQUAL
 from rewriter.verify import Metric, certify
@@ -45,13 +46,14 @@ class Result:
     scratch: tempfile.TemporaryDirectory[str] | None = None
     emitted: Path | None = None
 
-    @property
+    @functools.cached_property
     def module(self) -> Any:
         """The rewritten model as an nn.Module with trainable factors (torch graphs), or as an onnx_ir.Model."""
         if self.graph is None:
             raise RewriteError(f"there is no rewritten model: {self.message}")
         if self.graph.format == "torch":
-            return importlib.import_module("rewriter.backends.fx.target").lower(self.graph).module()
+            torch_target = importlib.import_module("rewriter.backends.fx.target")
+            return torch_target.as_module(torch_target.lower(self.graph))
         return self.graph.clone().model  # type: ignore[attr-defined]
 
     def save(self, path: str | Path, force: bool = False) -> Path:
@@ -73,7 +75,7 @@ class Job:
     sites: Sequence[Site]
     context: Context
     begin: float
-    passes: Sequence[Any]
+    passes: Sequence[AbstractPass]
     notes: list[str]
 
     @property
@@ -95,10 +97,12 @@ class Job:
         return sum(d.rewritten for d in self.decisions.values())
 
 
-def rewrite(model: Any, options: Options, data: Any = None, publish_to_out: bool = True) -> Result:
+def rewrite(
+    model: Any, options: Options, data: Any = None, publish_to_out: bool = True, passes: Sequence[AbstractPass] | None = None
+) -> Result:
     """The whole job; with `publish_to_out` the emitted model ends at --out (default MODEL.rewritten.SUFFIX)."""
     out = _out(model, options) if publish_to_out else None
-    job = _prepare(model, options, data)
+    job = _prepare(model, options, data, passes)
     failure = _decide(job)
     if failure is None and not job.rewritten and not options.allow_noop:
         failure = (1, "nothing was rewritten: " + _why_nothing(job))
@@ -108,9 +112,9 @@ def rewrite(model: Any, options: Options, data: Any = None, publish_to_out: bool
     return _emit(job, out)
 
 
-def plan(model: Any, options: Options, data: Any = None) -> Result:
+def plan(model: Any, options: Options, data: Any = None, passes: Sequence[AbstractPass] | None = None) -> Result:
     """The same decisions and fits, kept in the cache; nothing is written."""
-    job = _prepare(model, options, data)
+    job = _prepare(model, options, data, passes)
     _decide(job)
     error = _certificate(job, job.graph.run, job.samples.held_out) if job.lossy else None
     text = f"plan: {job.rewritten} of {len(job.sites)} sites would be rewritten; `rewrite` with the same options reuses these fits"
@@ -158,10 +162,10 @@ def _same_interface(a: Graph, b: Graph) -> None:
             raise RewriteError(f"the models' {what} differ: {', '.join(first)} against {', '.join(second)}; compare models of one interface")
 
 
-def _prepare(model: Any, options: Options, data: Any) -> Job:
+def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractPass] | None) -> Job:
     begin = time.perf_counter()
     progress = Progress(options.quiet)
-    passes = registry.parse_passes(options.passes)
+    passes = registry.parse_passes(options.passes) if passes is None else passes
     if not passes:
         raise RewriteError("--passes is empty; `rewrite passes` lists them")
     source = _open(model, options)
@@ -178,7 +182,7 @@ def _prepare(model: Any, options: Options, data: Any) -> Job:
 
 
 def _context(
-    options: Options, passes: Sequence[Any], target: Target, calibration: Calibration, selected: Sequence[Site], decisions: dict[str, Decision]
+    options: Options, passes: Sequence[AbstractPass], target: Target, calibration: Calibration, selected: Sequence[Site], decisions: dict[str, Decision]
 ) -> Context:
     shares = [share for step in passes if (share := getattr(step, "params", None))]
     return Context(

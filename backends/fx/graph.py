@@ -12,9 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
+from rewriter.backends.files.export import output_names
 from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.backends.fx import edit, names
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
@@ -32,20 +33,19 @@ class FxGraph:
 
     format = "torch"
 
-    def __init__(self, program: ExportedProgram, output_names: Sequence[str] | None = None) -> None:
+    def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self.constants = Constants(program)
         self.mode = edit.fake_mode(program)
         self._bodies = {id(b.module.graph): b for b in bodies(program)}
-        self._output_names = list(output_names or _output_names(program))
+        self._output_names = output_names(program)
         self._spliced: dict[str, list[tuple[Node, Node]]] = {}  # site id -> (original output, its stand-in)
 
     @classmethod
     def of(cls, program: ExportedProgram) -> Self:
         """The graph of a program as torch.export gives it; the program itself is left alone."""
-        outputs = _output_names(program)
         with whole_recurrences():
-            return cls(program.run_decompositions({}), outputs)
+            return cls(program.run_decompositions({}))
 
     def nodes(self) -> Iterator[Node]:
         yield from self._walk(self._bodies[id(self.program.graph)])
@@ -245,22 +245,17 @@ class FxGraph:
 
     def clone(self) -> FxGraph:
         program = self.program
+        module = copy.deepcopy(program.graph_module)
+        for old, new in zip(program.graph.nodes, module.graph.nodes, strict=True):
+            new.name = old.name  # a copy renames what shadows a builtin, such as "input", and the signature would not
         copied = ExportedProgram(
-            root=copy.deepcopy(program.graph_module),
-            graph=copy.deepcopy(program.graph_module).graph,
+            root=module,
+            graph=module.graph,
             graph_signature=copy.deepcopy(program.graph_signature),
             state_dict=dict(program.state_dict),
             range_constraints=copy.deepcopy(program.range_constraints),
             module_call_graph=copy.deepcopy(program.module_call_graph),
             constants=dict(program.constants),
         )
-        return FxGraph(copied, self._output_names)
+        return FxGraph(copied)
 
-
-def _output_names(program: ExportedProgram) -> list[str]:
-    """A dict's keys where the model returns one, else the names of the values."""
-    values = [s.arg.name for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
-    spec = program.call_spec.out_spec
-    if spec is not None and spec.type is dict and all(child.is_leaf() for child in spec.children()):
-        return [str(key) for key in spec.context]
-    return values

@@ -14,17 +14,18 @@ from torch.fx import GraphModule, Interpreter, Node
 from rewriter.errors import RewriteError
 
 Taps = Mapping[Node, Callable[[Tensor], None]]
+Swaps = Mapping[Node, Callable[[Tensor], Tensor]]
 
 
 class Tapped(Interpreter):
-    """An interpreter that shows tapped values as they are computed."""
+    """An interpreter that shows tapped values as they are computed, and runs swapped nodes another way (from their first operand)."""
 
-    def __init__(self, module: GraphModule, taps: Taps) -> None:
+    def __init__(self, module: GraphModule, taps: Taps, swaps: Swaps) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.taps = taps
+        self.taps, self.swaps = taps, swaps
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
+        value = self.swaps[n](self.env[n.args[0]]) if n in self.swaps else super().run_node(n)  # type: ignore[index]
         if n in self.taps:
             self.taps[n](value)
         return value
@@ -32,11 +33,11 @@ class Tapped(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(target, torch._ops.HigherOrderOperator) and str(target) == "cond":
             predicate, yes, no, given = args
-            return Tapped(yes if bool(predicate) else no, self.taps).run(*given)
+            return Tapped(yes if bool(predicate) else no, self.taps, self.swaps).run(*given)
         return super().call_function(target, args, kwargs)
 
 
-def run(program: ExportedProgram, feeds: Mapping[str, Tensor], taps: Taps) -> list[Tensor]:
+def run(program: ExportedProgram, feeds: Mapping[str, Tensor], taps: Taps, swaps: Swaps | None = None) -> list[Tensor]:
     """The user outputs for named inputs."""
     arguments: list[Any] = []
     for spec in program.graph_signature.input_specs:
@@ -50,6 +51,6 @@ def run(program: ExportedProgram, feeds: Mapping[str, Tensor], taps: Taps) -> li
         else:
             raise RewriteError(f"input '{spec.arg.name}' is missing; the model takes {list(program.graph_signature.user_inputs)}")
     with torch.no_grad():
-        values = Tapped(program.graph_module, taps).run(*arguments)
+        values = Tapped(program.graph_module, taps, swaps or {}).run(*arguments)
     specs = program.graph_signature.output_specs
     return [v for s, v in zip(specs, values, strict=True) if s.kind is OutputKind.USER_OUTPUT]

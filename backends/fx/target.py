@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from rewriter.backend import EmitOptions, Runner
 from rewriter.backends.eager import EagerOps
@@ -35,6 +36,22 @@ def lower(graph: FxGraph) -> ExportedProgram:
         return clean.program.run_decompositions({SITE: body})
 
 
+def as_module(program: ExportedProgram) -> GraphModule:
+    """The program as a module whose parameters train, called by position or by name, whichever way it was exported."""
+    module: GraphModule = program.module()  # type: ignore[assignment]
+    in_spec = program.call_spec.in_spec
+    names = list(in_spec.child(1).context) if in_spec is not None and in_spec.child(1).num_children else []
+
+    def by_name(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {**dict(zip(names, args, strict=False)), **kwargs}
+
+    if names and not in_spec.child(0).num_children:
+        module.register_forward_pre_hook(by_name, with_kwargs=True, prepend=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return module
+
+
 class TorchTarget:
     """See rewriter.backend.Target."""
 
@@ -53,7 +70,16 @@ class TorchTarget:
         return _Program(program, names, threads)
 
     def open_int8(self, path: Path, threads: int) -> Runner:
-        raise RewriteError("torch has no dynamic int8 form of an exported program; compare with --target onnxruntime")
+        from rewriter.backends.fx.int8 import quantised
+
+        with single(threads):
+            model = quantised(FxGraph.of(load_pt2(path)))
+
+        def run_int8(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with single(threads):
+                return model(feeds)
+
+        return run_int8
 
     def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
         return measured(f"torch {torch.__version__}", forms, tokens, threads, lambda: _time(forms, tokens, threads))
