@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +95,8 @@ class Report:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        """Stable JSON: schema first, keys in field order."""
-        content = dataclasses.asdict(self)
+        """Stable JSON: schema first, keys in field order; what is no number (an interval that one sample does not have) is null."""
+        content = _finite(dataclasses.asdict(self))
         return json.dumps({"schema": content.pop("schema"), **content}, indent=1, allow_nan=False)
 
     def save(self, path: Path) -> None:
@@ -103,6 +104,15 @@ class Report:
         text = self.to_json()
         validate(json.loads(text))
         write_atomically(path, lambda temporary: temporary.write_text(text + "\n") and None)
+
+
+def _finite(value: Any) -> Any:
+    """The same content with null for inf and NaN, which JSON cannot say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def schema() -> dict[str, Any]:
@@ -133,10 +143,18 @@ def load(path: Path) -> Report:
         **{
             **content,
             "sites": [SiteRow(**row) for row in content["sites"]],
-            "output_error": OutputError(**content["output_error"]) if content["output_error"] else None,
+            "output_error": _output_error(content["output_error"]),
             "latency": [Latency(**row) for row in content["latency"]],
         }
     )
+
+
+def _output_error(content: Mapping[str, Any] | None) -> OutputError | None:
+    """A figure that is null was unbounded or unknown: inf, so that no bound is ever taken to hold."""
+    if content is None:
+        return None
+    unknown = {name: math.inf for name in ("estimate", "half_width", "p99", "max") if content[name] is None}
+    return OutputError(**{**content, **unknown})
 
 
 def site_row(decision: Decision, planned: bool) -> SiteRow:
