@@ -1,0 +1,108 @@
+"""From opaque nodes to a model that stands alone: opset converted first, bodies attached last, checked.
+
+torch.onnx.export and the version converters inline every function, so a body is only ever attached to a finished model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from rewriter.backends.files.archive import one_line
+from rewriter.backends.onnx.opaque import DOMAIN, VERSION, is_opaque, kind, opaque, overload, spec_of
+from rewriter.backends.onnx.ops import LOWERINGS, function
+from rewriter.errors import RewriteError
+
+Choose = Callable[[str, int], str]  # (spec, rank) -> lowering
+FIRST_IR_WITH_OVERLOADS = 10
+_PATHS = ("stack_trace", "fx_node")  # metadata that shows where on the maker's disk a model was built
+
+
+def default_lowering(spec: str, rank: int) -> str:
+    """Where nothing was measured."""
+    return LOWERINGS[0]
+
+
+def finish(
+    model: ir.Model, opset: int, flatten: bool = False, choose: Choose = default_lowering, provenance: Mapping[str, str] | None = None
+) -> ir.Model:
+    """The model ready to be saved, edited in place. A model of a higher opset keeps it: operators cannot be taken back."""
+    adopt_sites(model)
+    convert(model, opset)
+    passes.RemoveUnusedNodesPass()(model)
+    attach(model, choose)
+    if flatten:
+        passes.InlinePass(criteria=lambda f: f.domain == DOMAIN)(model)
+        model.graph.opset_imports.pop(DOMAIN, None)
+    strip(model)
+    model.metadata_props.update({f"rewriter.{key}": value for key, value in (provenance or {}).items()})
+    check(model)
+    return model
+
+
+def adopt_sites(model: ir.Model) -> None:
+    """`structured::Site` nodes, as the torch exporter writes them, become opaque nodes under their operator's name."""
+    for node in list(model.graph.all_nodes()):
+        if node.domain != DOMAIN or node.op_type != "Site":
+            continue
+        x, *factors = node.inputs
+        spec, site = node.attributes["spec"].as_string(), node.attributes["site"].as_string()
+        shape = x.shape if x is not None and x.shape is not None else node.outputs[0].shape
+        if x is None or shape is None or any(f is None for f in factors):
+            raise RewriteError(f"site {site}: the exporter lost its shape or its factors; write a .pt2 with --target torch instead")
+        node.op_type, node.overload = kind(spec), overload(spec, len(shape))
+        node.metadata_props.update(opaque(x, [], spec, site, len(shape)).metadata_props)
+        node.attributes.clear()
+
+
+def convert(model: ir.Model, opset: int) -> None:
+    """Up to `opset`; bodies of ours must not be attached yet."""
+    own = model.graph.opset_imports.get("", opset)
+    if own >= opset:
+        return
+    from onnxscript.version_converter import convert_version
+
+    try:
+        convert_version(model, opset, fallback=True)
+    except Exception as problem:
+        raise RewriteError(
+            f"the model cannot be converted from opset {own} to {opset}: {one_line(problem)}; give --opset {own}"
+        ) from problem
+    if model.graph.opset_imports[""] != opset:
+        raise RewriteError(f"the model cannot be converted from opset {own} to {opset}; give --opset {max(own, 18)}")
+
+
+def attach(model: ir.Model, choose: Choose = default_lowering) -> None:
+    """One function for each distinct operator, in place."""
+    nodes = [node for node in model.graph.all_nodes() if is_opaque(node)]
+    if not nodes:
+        return
+    opset = model.graph.opset_imports[""]
+    for node in nodes:
+        if node.op_identifier() not in model.functions:
+            spec, rank = spec_of(node)
+            body = function(spec, rank, opset, choose(spec, rank))
+            model.functions[body.identifier()] = body
+    model.graph.opset_imports[DOMAIN] = VERSION
+    model.ir_version = max(model.ir_version, FIRST_IR_WITH_OVERLOADS)
+
+
+def strip(model: ir.Model) -> None:
+    """Drop build paths and the exporter's source text; name scopes and what is ours stay."""
+    nodes = [*model.graph.all_nodes(), *(node for f in model.functions.values() for node in f.all_nodes())]
+    for properties in [model.metadata_props, model.graph.metadata_props, *(node.metadata_props for node in nodes)]:
+        for key in [k for k in properties if k.endswith(_PATHS) or k.startswith("pkg.torch.export")]:
+            del properties[key]
+    for node in nodes:
+        node.doc_string = None
+
+
+def check(model: ir.Model) -> None:
+    """onnx.checker with shape inference, weights left out so that size does not matter."""
+    try:
+        passes.CheckerPass(full_check=True)(model)
+    except Exception as problem:
+        cause = problem.__cause__ or problem
+        raise RewriteError(f"onnx.checker refuses the rewritten model: {one_line(cause)}") from problem

@@ -1,0 +1,291 @@
+"""An onnx_ir.Model as a Graph, brought to one form first: functions inlined, weights as initialisers of the main graph, every name unique.
+
+Bodies of If, Loop and Scan are edited where they stand; they see the main graph's initialisers, so factors need no threading through them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnx_ir.tape import Tape
+from torch import Tensor
+
+from rewriter.backends.files.archive import one_line
+from rewriter.backends.onnx import names
+from rewriter.backends.onnx.constants import Constants
+from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
+from rewriter.backends.onnx.opaque import DOMAIN, SPEC, is_opaque, spec_of
+from rewriter.backends.onnx.run import Tapped
+from rewriter.backends.onnx.tensors import torch_dtype
+from rewriter.errors import RewriteError
+from rewriter.graph import Place, Site
+from rewriter.inputs import InputSpec
+from rewriter.operator import AbstractMatrix, unflatten
+
+LEAST_OPSET = 13  # what the function bodies are spelled in
+_DIM = re.compile(r"[A-Za-z_]\w*(\+[A-Za-z_]\w*)*")
+
+
+class OnnxGraph:
+    """Implements rewriter.graph.Graph; see there for what each method promises. The model that it is given is left alone."""
+
+    format = "onnx"
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = normalised(model)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        self.opset = self.model.graph.opset_imports.get("", LEAST_OPSET)
+        self.constants = Constants(self.opset)
+        self._names = Names(self.model)
+        self._owners = {id(body): (node, attribute) for node in self.model.graph.all_nodes() for attribute, body in bodies(node)}
+        self._spliced: dict[str, list[tuple[ir.Value, ir.Value]]] = {}  # site id -> (original output, its stand-in)
+        self._stored: dict[str, list[str]] = {}  # site id -> its new initialisers
+        self._inferred = False
+        self._session: Tapped | None = None
+
+    def nodes(self) -> Iterator[ir.Node]:
+        yield from self._walk(self.model.graph)
+
+    def _walk(self, graph: ir.Graph) -> Iterator[ir.Node]:
+        for node in list(graph):
+            for _, body in bodies(node):
+                yield from self._walk(body)
+            yield node
+
+    def op(self, node: ir.Node) -> str:
+        return names.operation(node)
+
+    def inputs(self, node: ir.Node) -> Sequence[ir.Value | None]:
+        return node.inputs
+
+    def outputs(self, node: ir.Node) -> Sequence[ir.Value]:
+        return node.outputs
+
+    def attributes(self, node: ir.Node) -> Mapping[str, Any]:
+        return names.attributes(node)
+
+    def producer(self, value: ir.Value) -> ir.Node | None:
+        return value.producer()
+
+    def users(self, value: ir.Value) -> Sequence[ir.Node]:
+        leaves = [names.OUTPUT] if value.is_graph_output() else []
+        return [*dict.fromkeys(node for node, _ in value.uses()), *leaves]
+
+    def body(self, node: ir.Node) -> str:
+        owner = self._owners.get(id(node.graph))
+        if owner is None:
+            return ""
+        outer, name = self.body(owner[0]), f"{owner[0].name}.{owner[1]}"
+        return f"{outer}/{name}" if outer else name
+
+    def shape(self, value: ir.Value) -> tuple[int | str, ...] | None:
+        if value.shape is None:
+            self._infer()
+        if value.shape is None:
+            return None
+        return tuple(d if isinstance(d, int) else self._dim(value, i, d) for i, d in enumerate(value.shape))
+
+    @staticmethod
+    def _dim(value: ir.Value, axis: int, dim: ir.SymbolicDim) -> str:
+        """The dimension's name; one of its own where it has none that --input could spell."""
+        said = str(dim.value or "").replace(" ", "")
+        return said if _DIM.fullmatch(said) else re.sub(r"\W", "_", f"{value.name}_{axis}")
+
+    def _infer(self) -> None:
+        """Once: onnx's own inference, weights left out. Bodies of If, Loop and Scan included."""
+        if not self._inferred:
+            self._inferred = True
+            passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(self.model)
+
+    def dtype(self, value: ir.Value) -> torch.dtype | None:
+        if value.dtype is None:
+            self._infer()
+        return torch_dtype(value.dtype)
+
+    def name(self, value: ir.Value) -> str:
+        return value.name or ""
+
+    def scope(self, node: ir.Node) -> str:
+        return names.scope(node)
+
+    def is_const(self, value: ir.Value) -> bool:
+        return self.constants.is_const(value)
+
+    def const(self, value: ir.Value) -> Tensor | None:
+        return self.constants.load(value) if self.is_const(value) else None
+
+    def stored_name(self, value: ir.Value) -> str:
+        return self.constants.root(value).name or ""
+
+    def storage_users(self, value: ir.Value) -> Sequence[tuple[ir.Node, ir.Value]]:
+        return list(self.constants.users(self.constants.root(value)))
+
+    def operator(self, node: ir.Node) -> AbstractMatrix | None:
+        if not is_opaque(node):
+            return None
+        factors = [self.const(v) for v in node.inputs[1:] if v is not None]
+        if any(f is None for f in factors):
+            raise RewriteError(f"node {node.name}: a structured operator whose factors are not constant; give the model it was made from")
+        return unflatten(spec_of(node)[0], factors)  # type: ignore[arg-type, return-value]
+
+    def can_splice(self, place: Place) -> str:
+        if self.shape(place.x) is None:
+            return "the rank of its input is unknown: shape inference stops before it"
+        return ""
+
+    def can_tap(self, value: ir.Value) -> bool:
+        return value.graph is self.model.graph and not value.is_initializer()
+
+    def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
+        if site.id in self._spliced:
+            self.restore(site)
+        before = set(self.model.graph.initializers)
+        factors, spec = store_factors(self.model, self._names, site.name, operator)
+        total = Bias(self.model, self._names, self.constants, site, shift)
+        pairs = []
+        for place in site.places:
+            tape = Tape()
+            bias = None if place.bias is None else self._current(place.bias)
+            self.shape(place.x)
+            new = stand_in(tape, site, place, self._current(place.x), bias, factors, spec, total)
+            self._insert(place.y, new, tape.nodes, site.name)
+            pairs.append((place.y, new))
+        self._spliced[site.id] = pairs
+        self._stored[site.id] = [name for name in self.model.graph.initializers if name not in before]
+        self._edited()
+
+    def _current(self, value: ir.Value) -> ir.Value:
+        """What stands for an original value now: another site may have been spliced where it was made."""
+        return next((new for pairs in self._spliced.values() for old, new in pairs if old is value), value)
+
+    def _insert(self, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node], site: str) -> None:
+        for node in nodes:
+            node.name = self._names.unused(f"{site}.{node.op_type}")
+            for output in node.outputs:
+                output.name = self._names.unused(node.name)
+        last = old.producer()
+        assert last is not None, "a place ends in a node"
+        assert last.graph is not None
+        last.graph.insert_after(last, nodes)
+        new.shape, new.type = old.shape, old.type
+        _replace(old, new)
+
+    def restore(self, site: Site) -> None:
+        for old, new in self._spliced.pop(site.id):
+            _replace(new, old)
+            _drop_unused(new.producer())
+        for name in self._stored.pop(site.id):
+            del self.model.graph.initializers[name]
+            self._names.taken.discard(name)
+        self._edited()
+
+    def _edited(self) -> None:
+        self.constants.forget()
+        self._session = None
+
+    def prune(self) -> None:
+        self._spliced.clear()
+        self._stored.clear()
+        passes.RemoveUnusedNodesPass()(self.model)
+        self._edited()
+
+    def run(self, feeds: Mapping[str, Tensor], taps: Mapping[ir.Value, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
+        """Under ONNX Runtime on the CPU; the session lives until the graph or the set of taps changes."""
+        taps = taps or {}
+        wanted = tuple(value.name or "" for value in taps)
+        if self._session is None or self._session.taps != wanted:
+            self._session = Tapped(self.model, wanted)
+        return self._session(feeds, list(taps.values()))
+
+    def specs(self) -> list[InputSpec]:
+        found = []
+        for value in self.model.graph.inputs:
+            dtype = self.dtype(value)
+            if dtype is None:
+                raise RewriteError(f"input {value.name!r} is of type {value.type}; only tensors that torch has can be fed")
+            found.append(InputSpec(self.name(value), str(dtype).removeprefix("torch."), self.shape(value) or ()))
+        return found
+
+    def output_names(self) -> list[str]:
+        return [value.name or "" for value in self.model.graph.outputs]
+
+    def nbytes(self) -> int:
+        tensors = {id(v.const_value): v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None}
+        return sum(tensors.values())
+
+    def clone(self) -> OnnxGraph:
+        copy = OnnxGraph.__new__(OnnxGraph)
+        copy.model = self.model.clone()
+        copy._adopt()
+        copy._inferred = self._inferred
+        return copy
+
+
+def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """The nested bodies of a node, by attribute."""
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield name, attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from ((f"{name}[{i}]", graph) for i, graph in enumerate(attribute.as_graphs()))
+
+
+def normalised(model: ir.Model) -> ir.Model:
+    """A copy in one form: opset at least 13, functions inlined, weights in the main graph and out of its inputs, names unique."""
+    model = model.clone()
+    _drop_own_functions(model)
+    try:
+        passes.InlinePass(criteria=lambda function: function.domain != DOMAIN)(model)
+    except Exception as problem:
+        raise RewriteError(f"the model's local functions cannot be inlined: {one_line(problem)}; export it without functions") from problem
+    for step in (
+        passes.NameFixPass(),
+        passes.RemoveInitializersFromInputsPass(),
+        passes.LiftConstantsToInitializersPass(),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+    ):
+        step(model)
+    if model.graph.opset_imports.get("", LEAST_OPSET) < LEAST_OPSET:
+        _raise_opset(model)
+    return model
+
+
+def _raise_opset(model: ir.Model) -> None:
+    from onnxscript.version_converter import convert_version
+
+    own = model.graph.opset_imports[""]
+    convert_version(model, LEAST_OPSET, fallback=True)
+    if model.graph.opset_imports[""] < LEAST_OPSET:
+        raise RewriteError(f"the model is of opset {own}, which cannot be converted; export it again with opset {LEAST_OPSET} or higher")
+
+
+def _drop_own_functions(model: ir.Model) -> None:
+    """Bodies that this package attached are made again at emission."""
+    ours = {node.op_identifier() for node in model.graph.all_nodes() if node.domain == DOMAIN and SPEC in node.metadata_props}
+    for identifier in ours & set(model.functions):
+        del model.functions[identifier]
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    """Every use of old becomes one of new; a graph output keeps its name."""
+    if old.is_graph_output():
+        old.name, new.name = new.name, old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _drop_unused(node: ir.Node | None) -> None:
+    """A node that nothing uses goes, and then what only it used, back to the opaque node."""
+    if node is None or node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+        return
+    before = [v.producer() for v in node.inputs if v is not None]
+    node.graph.remove(node, safe=True)
+    if not is_opaque(node):
+        for producer in before:
+            _drop_unused(producer)

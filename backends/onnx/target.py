@@ -1,0 +1,65 @@
+"""The ONNX targets: `onnx` is portable, `onnxruntime` may use com.microsoft operators.
+
+Both write standard bodies in model-local functions; a registered kernel of the same name replaces a body without a change to the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from rewriter.backend import EmitOptions, Runner
+from rewriter.backends.files.onnx_file import load_onnx, save_onnx
+from rewriter.backends.onnx.emit import finish
+from rewriter.backends.onnx.graph import OnnxGraph
+from rewriter.backends.onnx.int8 import open_int8
+from rewriter.backends.onnx.lowering import chooser
+from rewriter.backends.onnx.measure import measure
+from rewriter.backends.onnx.run import Session
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph
+from rewriter.operator import AbstractMatrix
+
+
+class OnnxTarget:
+    """See rewriter.backend.Target. Standard operators only: what this package adds never needs another domain's."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    accepts = ("onnx", "torch")
+
+    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
+        model = source_model(graph, options)
+        save_onnx(finish(model, options.opset, options.flatten, chooser(options.tokens, options.threads), options.provenance), path)
+
+    def open(self, path: Path, threads: int) -> Runner:
+        load_onnx(path)  # what the file says about itself and its data is checked before ONNX Runtime reads it
+        return Session(str(path), threads)
+
+    def open_int8(self, path: Path, threads: int) -> Runner:
+        return open_int8(path, threads)
+
+    def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
+        return measure(forms, tokens, threads)
+
+
+class OnnxRuntimeTarget(OnnxTarget):
+    """ONNX Runtime on the CPU."""
+
+    name = "onnxruntime"
+
+
+def source_model(graph: Graph, options: EmitOptions) -> ir.Model:
+    """The graph with its sites as opaque nodes and nothing unused, free to be edited."""
+    if isinstance(graph, OnnxGraph):
+        copy = graph.clone()
+        copy.prune()
+        return copy.model
+    convert = getattr(graph, "to_onnx", None)
+    if convert is None:
+        raise RewriteError(f"a {graph.format} graph cannot be written as ONNX")
+    model = convert(options.opset)
+    assert isinstance(model, ir.Model)
+    return model
