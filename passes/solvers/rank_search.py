@@ -30,6 +30,7 @@ class Grid:
     g: int
     stride_in: bool = False
     stride_out: bool = False
+    most: int | None = None  # bound on the rank
 
     def sizes(self, shape: torch.Size) -> tuple[int, int]:
         """(s, q)"""
@@ -40,9 +41,9 @@ class Grid:
         return self.k * self.g * rank * sum(self.sizes(shape))
 
     def paying(self, shape: torch.Size) -> int:
-        """The largest rank that stores fewer numbers than the weight, and is a rank of a block."""
+        """The largest rank that stores fewer numbers than the weight, is a rank of a block and within the bound."""
         s, q = self.sizes(shape)
-        return min((shape[0] * shape[1] - 1) // (self.k * self.g * (s + q)), s, q)
+        return min((shape[0] * shape[1] - 1) // (self.k * self.g * (s + q)), s, q, *([] if self.most is None else [self.most]))
 
     def blocks(self, weight: Tensor) -> Tensor:
         """(m, n) -> (k, g, s, q)."""
@@ -83,23 +84,22 @@ def find_rank(weight: Tensor, most: int) -> Found | None:
     return None if rank is None else decompose(weight, Grid(1, 1), rank, most)
 
 
-def find_grid(weight: Tensor, grids: Iterable[Grid], most: int | None = None) -> Found | None:
-    """The grid that stores the fewest numbers among those in which the weight is exact and pays; `most` bounds the rank."""
+def find_grid(weight: Tensor, grids: Iterable[Grid]) -> Found | None:
+    """The grid that stores the fewest numbers among those in which the weight is exact and pays."""
     best: Found | None = None
-    for estimate, grid in sorted(_survivors(weight, grids, most), key=lambda pair: pair[0])[:TRIALS]:
+    for estimate, grid in sorted(_survivors(weight, grids), key=lambda pair: pair[0])[:TRIALS]:
         if best is not None and best.grid.numbers(weight.shape, best.rank) <= estimate:
             break
-        paying = min(grid.paying(weight.shape), most or weight.numel())
-        found = decompose(weight, grid, estimate // grid.numbers(weight.shape, 1), paying)
+        found = decompose(weight, grid, estimate // grid.numbers(weight.shape, 1), grid.paying(weight.shape))
         if found and (best is None or grid.numbers(weight.shape, found.rank) < best.grid.numbers(weight.shape, best.rank)):
             best = found
     return best
 
 
-def _survivors(weight: Tensor, grids: Iterable[Grid], most: int | None) -> Iterator[tuple[int, Grid]]:
+def _survivors(weight: Tensor, grids: Iterable[Grid]) -> Iterator[tuple[int, Grid]]:
     prober = _Prober(weight)
     for grid in grids:
-        paying = min(grid.paying(weight.shape), most or weight.numel())
+        paying = grid.paying(weight.shape)
         rank = prober.rank_estimate(grid, paying) if paying else None
         if rank is not None:
             yield grid.numbers(weight.shape, rank), grid
@@ -159,6 +159,7 @@ def decompose(weight: Tensor, grid: Grid, guess: int, most: int) -> Found | None
     for width in sorted({min(guess + MARGIN, most + 1, *blocks.shape[2:]), min(most + 1, *blocks.shape[2:])}):
         sketch = torch.randn(blocks.shape[-1], width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         side = torch.linalg.qr(blocks @ sketch).Q
+        side = torch.linalg.qr(blocks @ torch.linalg.qr(blocks.mT @ side).Q).Q  # without this step, rounding grows as sqrt(rank / MARGIN)
         core = side.mT @ blocks
         missing = float(torch.linalg.norm(blocks - side @ core))
         if missing <= tolerance:

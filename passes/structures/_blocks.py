@@ -50,8 +50,7 @@ def fit_best(structure: AbstractStructure, settings: list[tuple[Grid, int]], wei
 
 def discovered(structure: AbstractStructure, grids: Iterable[Grid], weight: Tensor, build: Build) -> Fitted | NoMatch:
     """The smallest exact form of a usable weight over the grids."""
-    rank = getattr(structure, "rank", None)
-    found = find_grid(weight, grids, rank)
+    found = find_grid(weight, grids)
     if found is None:
         return NoMatch(f"no {structure.name} grid makes every block of a rank that stores fewer than {weight.numel()} numbers")
     return exact(build(found.grid, found.blocks, weight.shape), spelled(structure, found.grid, found.rank), weight)

@@ -67,7 +67,7 @@ class BlockDenseStructure(AbstractStructure):
         if (refused := unusable(weight)) is not None:
             return refused
         counts = [self.blocks] if self.blocks else block_counts(weight.shape[1], 256)[1:]
-        return discovered(self, [Grid(k, 1) for k in counts], weight, self._operator)
+        return discovered(self, [Grid(k, 1, most=self.rank) for k in counts], weight, self._operator)
 
     def _operator(self, grid: Grid, blocks: Blocks, shape: torch.Size) -> AbstractMatrix:
         return block_dense(blocks, shape[1])

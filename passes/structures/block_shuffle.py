@@ -47,7 +47,8 @@ class BlockShuffleStructure(AbstractStructure):
             return refused
         m, n = weight.shape
         common = [b for b in block_counts(m, 256) if b in block_counts(n, 256) and b > 1 and self.blocks in (None, b)]
-        grids = [Grid(b, b, False, stride) for b in common for stride in (False, True) if not stride or m % b == 0]
+        strides = [(b, stride) for b in common for stride in (False, True) if not stride or m % b == 0]
+        grids = [Grid(b, b, False, stride, self._rank(weight, b)) for b, stride in strides]
         return discovered(self, grids, weight, monarch)
 
     def _rank(self, weight: Tensor, blocks: int) -> int:

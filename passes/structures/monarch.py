@@ -89,13 +89,9 @@ class MonarchStructure(AbstractStructure):
         for k in [self.blocks] if self.blocks else block_counts(n, 256):
             for g in [self.rows] if self.rows else block_counts(m, 256):
                 if k * g > 1:
-                    yield Grid(k, g)
+                    yield Grid(k, g, most=self.rank)
         for k in [self.blocks] if self.blocks else divisors(n, 64):
             for g in [self.rows] if self.rows else divisors(m, 64):
                 if n % k == 0 and m % g == 0:
-                    yield from (Grid(k, g, *flags) for flags in ((False, True), (True, False), (True, True)) if _distinct(k, g, *flags))
-
-
-def _distinct(k: int, g: int, stride_in: bool, stride_out: bool) -> bool:
-    """A stride over one part is none."""
-    return (k > 1 or not stride_in) and (g > 1 or not stride_out)
+                    strides = [(i, o) for i in {False, k > 1} for o in {False, g > 1} if i or o]  # over one part there is none
+                    yield from (Grid(k, g, stride_in, stride_out, self.rank) for stride_in, stride_out in strides)

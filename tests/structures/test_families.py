@@ -197,6 +197,13 @@ def test_a_smooth_tail_is_no_structure(dtype: torch.dtype) -> None:
         assert not isinstance(answer, Fitted) or answer.operator.cost().params < 0
 
 
+def test_a_set_rank_bounds_the_search() -> None:
+    weight = torch.randn(60, 5, generator=generator(0)) @ torch.randn(5, 80, generator=generator(1))
+    for structure in (LowRankStructure, PivotedLowRankStructure, BlockDenseStructure, MonarchStructure):
+        assert not structure(rank=4).discover(weight)  # type: ignore[operator]
+        assert found(structure(rank=6), weight).spelling.endswith("rank=5")  # type: ignore[operator]
+
+
 def test_a_diagonal_and_a_permutation_are_block_diagonal() -> None:
     assert found(BlockDiagonalStructure(), torch.diag(torch.arange(1.0, 9))).operator.cost().params == 8
     assert found(BlockDiagonalStructure(), torch.eye(9)[torch.randperm(9, generator=generator(0))]).operator.cost().params == 9
