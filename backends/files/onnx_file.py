@@ -24,7 +24,7 @@ from rewriter.errors import RewriteError
 
 MAX_INLINE_NBYTES = 1_900_000_000  # protobuf stops at 2 GiB, names and nodes included
 MAX_RANK = 64
-MAX_NESTING = 50
+MAX_NESTING = 20
 _EXTERNAL_TENSOR_ABOVE = 1024  # bytes; smaller tensors stay in the model
 _FIELDS = {
     **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),

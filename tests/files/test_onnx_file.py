@@ -135,6 +135,18 @@ def test_tensors_inside_nodes_are_checked(tmp_path: Path) -> None:
     refused(written(tmp_path, proto), "another file")
 
 
+def test_deep_and_training_graphs_are_refused(tmp_path: Path) -> None:
+    proto = model()
+    proto.training_info.add()
+    refused(written(tmp_path, proto), "training")
+    graph = helper.make_graph([], "inner", [], [])
+    for _ in range(25):
+        graph = helper.make_graph([helper.make_node("If", ["c"], [], then_branch=graph)], "outer", [], [])
+    proto = model()
+    proto.graph.node.extend(graph.node)
+    refused(written(tmp_path, proto), "nested deeper")
+
+
 def test_duplicate_initialisers_are_refused(tmp_path: Path) -> None:
     proto = model()
     proto.graph.initializer.append(proto.graph.initializer[0])

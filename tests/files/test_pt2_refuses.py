@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from rewriter.backends.files import archive as archive_module
 from rewriter.backends.files.pt2 import load_pt2
 from rewriter.errors import RewriteError
 from tests.files.payloads import Payload, config, first, rebuild
@@ -81,6 +82,13 @@ def _closing_key(document: Any, marker: str) -> None:
     _tree(document, {"type": "builtins.dict", "context": json.dumps(["'\"+evil()+\"'"]), "children_spec": [leaf]})
 
 
+def _nested(depth: int) -> dict[str, Any]:
+    spec: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+    for _ in range(depth):
+        spec = {"type": "builtins.list", "context": "null", "children_spec": [spec]}
+    return spec
+
+
 EDITS: dict[str, tuple[Edit, str]] = {
     "expr_str": (_set("expr_str", _python), "symbolic expression"),
     "expr_str lambda": (_set("expr_str", lambda marker: f"(lambda: {_python(marker)})()"), "symbolic expression"),
@@ -93,6 +101,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "expr_str digits": (_set("expr_str", lambda marker: f"Integer({'9' * 30})"), "digits"),
     "expr_str long": (_set("expr_str", lambda marker: "+".join(["s0"] * 9000)), "characters"),
     "expr_str deep": (_set("expr_str", lambda marker: "Add(" * 90 + "s0" + ")" * 90), "nesting|no expression"),
+    "expr_str letters": (_set("expr_str", lambda marker: "s\u0660"), "ASCII"),
+    "expr_str keyword": (_set("expr_str", lambda marker: "Symbol('s0', evil=True)"), "assumption"),
     "guards_code": (lambda m, marker: m.update(guards_code=[_python(marker)]), "guard"),
     "guards_code call": (lambda m, marker: m.update(guards_code=["L['x'].numpy() == 1"]), "guard"),
     "guards_code name": (lambda m, marker: m.update(guards_code=["torch.load('x') == 1"]), "guard"),
@@ -112,6 +122,13 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "target extension": (_set("target", lambda marker: "#os:system"), "operator"),
     "target unknown": (_set("target", lambda marker: "torch.ops.aten.no_such_thing.default"), "not known"),
     "custom object": (lambda m, marker: m["graph_module"]["graph"].update(custom_obj_values={"a": {}}), "custom object"),
+    "value name": (lambda m, marker: m["graph_module"]["graph"]["sym_int_values"].update({"x=evil()": {"as_int": 1}}), "no identifier"),
+    "output class": (lambda m, marker: m["graph_module"].update(treespec_namedtuple_fields={'a"+evil()+"': {"field_names": []}}), "quotes"),
+    "constant text": (lambda m, marker: m["graph_module"]["graph"]["inputs"].append({"as_string": "'+evil()+'"}), "quotes"),
+    "long text": (lambda m, marker: m["graph_module"]["graph"]["inputs"].append({"as_string": "a" * 200_000}), "characters"),
+    "huge number": (lambda m, marker: m.update(opset_version={"aten": 10**30}), "digits"),
+    "module path": (_set("nn_module_stack", lambda marker: "a,b\nevil(),c"), "control"),
+    "deep tree": (lambda m, marker: _tree(m, _nested(300)), "no pytree"),
     "text as number": (_set("as_int", lambda marker: "evil()"), "as_int"),
     "symbol counter": (lambda m, marker: m.update(range_constraints={"u9999999999": {"min_val": 0, "max_val": 1}}), "expression"),
     "unknown field": (lambda m, marker: m.update(new_field="evil()"), "new_field"),
@@ -205,6 +222,36 @@ def test_missing_members_are_refused(member: str, tmp_path: Path) -> None:
 def test_a_compression_bomb_is_refused(tmp_path: Path) -> None:
     bomb = {"models/model.json": b" " * 10_000_000}
     refused(rebuild(tmp_path / "m.pt2", replace=bomb, compression=zipfile.ZIP_DEFLATED), "declare")
+
+
+def test_doubled_encrypted_and_control_names_are_refused(tmp_path: Path) -> None:
+    path = rebuild(tmp_path / "m.pt2")
+    clean = path.read_bytes()
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(archive.namelist()[0], b"")
+    refused(path, "twice")
+    central = int.from_bytes(clean[-6:-2], "little")  # where the directory of the outer zip begins
+    path.write_bytes(clean[: central + 8] + b"\x01" + clean[central + 9 :])
+    refused(path, "encrypted")
+    refused(rebuild(tmp_path / "n.pt2", replace={"extra/a\\b": b""}), "relative names")
+
+
+def test_members_and_what_is_held_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rebuild(tmp_path / "m.pt2", replace={"archive_version": b"0" * 65})
+    refused(path, "64 are allowed")
+    monkeypatch.setattr(archive_module, "MAX_MEMBERS", 3)
+    refused(path, "3 are allowed")
+
+
+def test_what_is_no_operator_is_refused(tmp_path: Path) -> None:
+    path = rebuild(tmp_path / "m.pt2", model=lambda m: _set("target", lambda marker: "torch.ops.aten.add.overloads")(m, ""))
+    refused(path, "no operator")
+
+
+def test_a_zip_inside_a_truncated_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    path = rebuild(tmp_path / "m.pt2")
+    path.write_bytes(b"PK\x03\x04" + b"\0" * 60 + path.read_bytes())
+    refused(path, "first member")
 
 
 def test_deep_json_is_refused(tmp_path: Path) -> None:

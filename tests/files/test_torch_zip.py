@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rewriter.backends.files import torch_zip
 from rewriter.backends.files.torch_zip import load_torch
 from rewriter.errors import RewriteError
 from tests.files.payloads import Payload
@@ -70,6 +71,12 @@ def test_what_holds_no_table_is_refused(tmp_path: Path) -> None:
     for content in ([torch.ones(2)], {"lr": 0.1}, {}, torch.ones(2)):
         torch.save(content, tmp_path / "m.pt")
         refused(tmp_path / "m.pt", "no table of tensors")
+
+
+def test_a_huge_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    monkeypatch.setattr(torch_zip, "_MAX_PICKLE_NBYTES", 10)
+    refused(tmp_path / "m.pt", "10 are allowed")
 
 
 def test_other_archives_are_refused(tmp_path: Path) -> None:
