@@ -18,6 +18,7 @@ from rewriter.backends.onnx.tensors import array_to_torch, to_torch
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _IMPURE = {*_RANDOM, "If", "Loop", "Scan", "SequenceMap"}
+COMPLETE_OPSET = 21
 
 
 class Constants:
@@ -63,11 +64,16 @@ class Constants:
         infos = [onnx.ValueInfoProto(name=name) for name in operands]
         outputs = [onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name]
         graph = onnx.helper.make_graph([ir.to_proto(node)], "constant", infos, outputs)
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
         feeds = {name: _array(self.load(v)) for name, v in operands.items()}
-        found = ReferenceEvaluator(model).run(None, feeds)
+        found = self._evaluator(graph).run(None, feeds)
         assert isinstance(found, list)
         return [array_to_torch(array) for array in found]
+
+    def _evaluator(self, graph: onnx.GraphProto) -> ReferenceEvaluator:
+        try:
+            return ReferenceEvaluator(_model(graph, self.opset))
+        except RuntimeError:  # the reference leaves out some older versions of operators whose newer ones mean the same
+            return ReferenceEvaluator(_model(graph, max(self.opset, COMPLETE_OPSET)))
 
     def root(self, value: ir.Value) -> ir.Value:
         """The stored parameter behind a constant value: the largest one where several go in."""
@@ -97,6 +103,10 @@ class Constants:
                 yield from self._users(output)
             if not inner:
                 yield node, value
+
+
+def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
 
 
 def _pure(node: ir.Node) -> bool:

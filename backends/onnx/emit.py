@@ -78,6 +78,7 @@ def attach(model: ir.Model, choose: Choose = default_lowering) -> None:
     """One function for each distinct operator, in place."""
     nodes = [node for node in model.graph.all_nodes() if is_opaque(node)]
     if not nodes:
+        model.graph.opset_imports.pop(DOMAIN, None)
         return
     opset = model.graph.opset_imports[""]
     for node in nodes:

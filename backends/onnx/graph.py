@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from rewriter.backends.files.archive import one_line
 from rewriter.backends.onnx import names
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
-from rewriter.backends.onnx.opaque import DOMAIN, SPEC, is_opaque, spec_of
+from rewriter.backends.onnx.opaque import DOMAIN, SPEC, VERSION, is_opaque, spec_of
 from rewriter.backends.onnx.run import Tapped
 from rewriter.backends.onnx.tensors import torch_dtype
 from rewriter.errors import RewriteError
@@ -29,6 +30,15 @@ from rewriter.operator import AbstractMatrix, unflatten
 
 LEAST_OPSET = 13  # what the function bodies are spelled in
 _DIM = re.compile(r"[A-Za-z_]\w*(\+[A-Za-z_]\w*)*")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a splice did, for its undoing."""
+
+    pairs: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)  # original output, its stand-in
+    nodes: list[ir.Node] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)  # new initialisers
 
 
 class OnnxGraph:
@@ -45,8 +55,7 @@ class OnnxGraph:
         self.constants = Constants(self.opset)
         self._names = Names(self.model)
         self._owners = {id(body): (node, attribute) for node in self.model.graph.all_nodes() for attribute, body in bodies(node)}
-        self._spliced: dict[str, list[tuple[ir.Value, ir.Value]]] = {}  # site id -> (original output, its stand-in)
-        self._stored: dict[str, list[str]] = {}  # site id -> its new initialisers
+        self._spliced: dict[str, Edit] = {}  # by site id
         self._inferred = False
         self._session: Tapped | None = None
 
@@ -146,24 +155,27 @@ class OnnxGraph:
     def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
         if site.id in self._spliced:
             self.restore(site)
+        if any(v.shape is None for node in self.model.graph.all_nodes() for v in node.outputs):
+            self._infer()  # while every operator is still one that inference knows
+        self.model.graph.opset_imports[DOMAIN] = VERSION
         before = set(self.model.graph.initializers)
         factors, spec = store_factors(self.model, self._names, site.name, operator)
         total = Bias(self.model, self._names, self.constants, site, shift)
-        pairs = []
+        edit = Edit()
         for place in site.places:
             tape = Tape()
             bias = None if place.bias is None else self._current(place.bias)
-            self.shape(place.x)
             new = stand_in(tape, site, place, self._current(place.x), bias, factors, spec, total)
             self._insert(place.y, new, tape.nodes, site.name)
-            pairs.append((place.y, new))
-        self._spliced[site.id] = pairs
-        self._stored[site.id] = [name for name in self.model.graph.initializers if name not in before]
+            edit.pairs.append((place.y, new))
+            edit.nodes.extend(tape.nodes)
+        edit.stored.extend(name for name in self.model.graph.initializers if name not in before)
+        self._spliced[site.id] = edit
         self._edited()
 
     def _current(self, value: ir.Value) -> ir.Value:
         """What stands for an original value now: another site may have been spliced where it was made."""
-        return next((new for pairs in self._spliced.values() for old, new in pairs if old is value), value)
+        return next((new for edit in self._spliced.values() for old, new in edit.pairs if old is value), value)
 
     def _insert(self, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node], site: str) -> None:
         for node in nodes:
@@ -178,12 +190,15 @@ class OnnxGraph:
         _replace(old, new)
 
     def restore(self, site: Site) -> None:
-        for old, new in self._spliced.pop(site.id):
+        edit = self._spliced.pop(site.id)
+        for old, new in edit.pairs:
             _replace(new, old)
-            _drop_unused(new.producer())
-        for name in self._stored.pop(site.id):
+        for node in reversed(edit.nodes):
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
+        for name in edit.stored:
             del self.model.graph.initializers[name]
-            self._names.taken.discard(name)
+        self._names.taken -= {*edit.stored, *(n.name for n in edit.nodes), *(v.name for n in edit.nodes for v in n.outputs)}
         self._edited()
 
     def _edited(self) -> None:
@@ -192,7 +207,6 @@ class OnnxGraph:
 
     def prune(self) -> None:
         self._spliced.clear()
-        self._stored.clear()
         passes.RemoveUnusedNodesPass()(self.model)
         self._edited()
 
@@ -278,14 +292,3 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
     if old.is_graph_output():
         old.name, new.name = new.name, old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def _drop_unused(node: ir.Node | None) -> None:
-    """A node that nothing uses goes, and then what only it used, back to the opaque node."""
-    if node is None or node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
-        return
-    before = [v.producer() for v in node.inputs if v is not None]
-    node.graph.remove(node, safe=True)
-    if not is_opaque(node):
-        for producer in before:
-            _drop_unused(producer)

@@ -24,16 +24,20 @@ _FLOATS = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "ten
 
 
 class Session:
-    """An InferenceSession that speaks torch. Custom-op libraries are never loaded."""
+    """An InferenceSession that speaks torch. Custom-op libraries are never loaded.
 
-    def __init__(self, model: str | bytes, threads: int, spinning: bool = True) -> None:
+    As a user gets it; `faithful`: quantised weights are multiplied in the model's own float type, and waiting threads sleep.
+    """
+
+    def __init__(self, model: str | bytes, threads: int, faithful: bool = False) -> None:
         import onnxruntime as ort  # heavy, and only a run needs it
 
         options = ort.SessionOptions()  # type: ignore[attr-defined]
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
-        if not spinning:
+        if faithful:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")  # else activations are rounded to int8
         try:
             self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])  # type: ignore[attr-defined]
         except Exception as problem:
@@ -93,7 +97,7 @@ class Tapped:
         passes.RemoveUnusedNodesPass()(copy)
         attach(copy)
         with loadable(copy) as source:
-            self.session = Session(source, torch.get_num_threads(), spinning=False)
+            self.session = Session(source, torch.get_num_threads(), faithful=True)
 
     def __call__(self, feeds: Mapping[str, Tensor], callbacks: Sequence[Callable[[Tensor], None]]) -> dict[str, Tensor]:
         waiting = dict(zip(self.taps, callbacks, strict=True))
