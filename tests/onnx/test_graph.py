@@ -167,7 +167,8 @@ BODIES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "loop": (
         """g (float[B,4] x, int64 n, bool c) => (float[B,4] y) { y = Loop(n, c, x) <
-           body = b (int64 i, bool ci, float[B,4] s) => (bool co, float[B,4] so) { co = Identity(ci)  r = MatMul(s, u)  so = Tanh(r) }> }""",
+           body = b (int64 i, bool ci, float[B,4] s) => (bool co, float[B,4] so) {
+             co = Identity(ci)  r = MatMul(s, u)  so = Tanh(r) }> }""",
         {"u": (4, 4)},
         "loop",
     ),
@@ -263,7 +264,7 @@ def test_taps_see_what_flows() -> None:
     taps: dict[ir.Value, Callable[[Tensor], None]] = {v: lambda t, i=i: seen.__setitem__(i, t) for i, v in enumerate(values)}  # type: ignore[misc]
     assert all(g.can_tap(v) for v in values)
     result = g.run(given, taps)
-    w1, b1, w2 = (g.const(g.model.graph.initializers[n]) for n in ("w1", "b1", "w2"))
+    w1, b1 = (g.const(g.model.graph.initializers[n]) for n in ("w1", "b1"))
     close(seen[0], given["x"])
     close(seen[1], torch.relu(given["x"] @ w1 + b1))
     close(seen[2], result["y"])

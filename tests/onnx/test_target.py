@@ -1,0 +1,217 @@
+"""What is written: complete, checked, atomic, as dynamic as before; what is read back, timed, quantised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from rewriter.algebra import BlockDiagonal, Compose, Dense
+from rewriter.backend import EmitOptions
+from rewriter.backends.eager import EagerOps
+from rewriter.backends.files.export import export_module
+from rewriter.backends.files.onnx_file import load_onnx, save_onnx
+from rewriter.backends.fx.graph import FxGraph
+from rewriter.backends.onnx import lowering, measure
+from rewriter.backends.onnx.emit import finish
+from rewriter.backends.onnx.graph import OnnxGraph
+from rewriter.backends.onnx.target import OnnxRuntimeTarget, OnnxTarget
+from rewriter.errors import RewriteError
+from rewriter.graph import Place, Site, WeightRef
+from rewriter.inputs import parse_input
+from rewriter.operator import AbstractMatrix, flatten
+from tests.onnx.models import MLP, MLP_WEIGHTS, close, model
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timing is taken from, or left in, the user's cache; and none takes long."""
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measure, "SECONDS", 0.001)
+    monkeypatch.setattr(measure, "COLD_BYTES", 1 << 12)
+    monkeypatch.setattr(lowering, "_chosen", {})
+
+
+def structured(opset: int = 18) -> tuple[OnnxGraph, AbstractMatrix]:
+    """The MLP with its first product replaced by a block-diagonal one of other numbers."""
+    g = OnnxGraph(model(MLP, opset, MLP_WEIGHTS))
+    node, add = (next(n for n in g.nodes() if g.op(n) == op) for op in ("matmul", "add"))
+    w, bias = node.inputs[1], add.inputs[1]
+    assert w is not None
+    place = Place((node, add), node.inputs[0], add.outputs[0], bias=bias)
+    site = Site("w1", "w1", "linear", (8, 6), torch.float32, (place,), {"weight": WeightRef("w1", w, (1, 0))})
+    operator = Compose((BlockDiagonal(torch.randn(2, 3, 4)), BlockDiagonal(torch.randn(4, 2, 2))))
+    g.splice(site, operator)
+    return g, operator
+
+
+def expected(operator: AbstractMatrix, x: torch.Tensor) -> torch.Tensor:
+    w = {name: torch.from_numpy(v.const_value.numpy()) for name, v in model(MLP, 18, MLP_WEIGHTS).graph.initializers.items()}
+    return torch.relu(operator.product(EagerOps(), x) + w["b1"]) @ w["w2"] + w["b2"]
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23, 25])
+@pytest.mark.parametrize("flatten_functions", [False, True])
+def test_what_is_emitted_runs_anywhere(tmp_path: Path, opset: int, flatten_functions: bool) -> None:
+    g, operator = structured()
+    target, path = OnnxTarget(), tmp_path / "m.onnx"
+    target.emit(g, path, EmitOptions(opset, flatten_functions, (1, 16), provenance={"seed": "0", "passes": "monarch"}))
+    proto = onnx.load(str(path))
+    onnx.checker.check_model(proto, full_check=True)
+    assert {o.domain: o.version for o in proto.opset_import}[""] == opset
+    assert bool(proto.functions) != flatten_functions
+    assert {p.key: p.value for p in proto.metadata_props} == {"rewriter.seed": "0", "rewriter.passes": "monarch"}
+    nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
+    assert not [n for n in nodes if n.op_type == "Shape"]
+    assert {n.domain for n in nodes} <= {"", "structured"}
+    run = target.open(path, 1)
+    for leading in ((1, 1), (2, 5)):
+        x = torch.randn(*leading, 6)
+        close(run({"x": x})["y"], expected(operator, x))
+
+
+def test_an_emitted_file_is_read_back_with_its_operators(tmp_path: Path) -> None:
+    g, operator = structured()
+    OnnxRuntimeTarget().emit(g, tmp_path / "m.onnx", EmitOptions())
+    again = OnnxGraph(load_onnx(tmp_path / "m.onnx"))
+    (node,) = [n for n in again.nodes() if again.op(n) == "structured"]
+    held = again.operator(node)
+    assert held is not None
+    assert flatten(held)[1] == flatten(operator)[1]
+    x = torch.randn(1, 2, 6)
+    close(again.run({"x": x})["y"], expected(operator, x))
+    OnnxTarget().emit(again, tmp_path / "again.onnx", EmitOptions())
+    close(OnnxTarget().open(tmp_path / "again.onnx", 1)({"x": x})["y"], expected(operator, x))
+
+
+def test_equal_sites_share_one_function() -> None:
+    g = OnnxGraph(model(MLP, 18, {**MLP_WEIGHTS, "w2": (8, 5)}))
+    for node in [n for n in g.nodes() if g.op(n) == "matmul"]:
+        w = node.inputs[1]
+        assert w is not None
+        n, m = g.const(w).shape
+        place = Place((node,), node.inputs[0], node.outputs[0])
+        site = Site(w.name, w.name, "linear", (m, n), torch.float32, (place,), {"weight": WeightRef(w.name, w, (1, 0))})
+        g.splice(site, Compose((Dense(torch.randn(n, 2)), Dense(torch.randn(2, m)))))
+    copy = g.clone()
+    copy.prune()
+    assert len(finish(copy.model, 18).functions) == 2
+
+
+def test_a_failed_emission_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g, _ = structured()
+    path = tmp_path / "out" / "m.onnx"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ir, "save", refuse)
+    with pytest.raises(RewriteError, match="disk full"):
+        OnnxTarget().emit(g, path, EmitOptions())
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["m.onnx"]
+
+
+def test_weights_beside_the_model(tmp_path: Path) -> None:
+    g, operator = structured()
+    copy = g.clone()
+    copy.prune()
+    path = tmp_path / "m.onnx"
+    save_onnx(finish(copy.model, 20), path, external_above=0)
+    x = torch.randn(1, 2, 6)
+    close(OnnxTarget().open(path, 1)({"x": x})["y"], expected(operator, x))
+    close(OnnxGraph(load_onnx(path)).run({"x": x})["y"], expected(operator, x))
+
+
+def test_models_too_large_for_memory_run_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewriter.backends.onnx.run.MAX_PROTO", 0)
+    g, operator = structured()
+    x = torch.randn(1, 2, 6)
+    close(g.run({"x": x})["y"], expected(operator, x))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_torch_graphs_are_emitted_with_their_sites(tmp_path: Path) -> None:
+    net = Net().eval()
+    g = FxGraph.of(export_module(net, [parse_input("x:float32[batch,seq,12]")], {}))
+    node = next(n for n in g.nodes() if g.op(n) == "linear")
+    x, w, b = g.inputs(node)
+    site = Site(
+        "first", "first", "linear", (16, 12), torch.float32, (Place((node,), x, node, bias=b),), {"weight": WeightRef("first.weight", w)}
+    )
+    operator = BlockDiagonal(torch.randn(4, 3, 4))
+    g.splice(site, operator)
+    path = tmp_path / "m.onnx"
+    OnnxRuntimeTarget().emit(g, path, EmitOptions(20))
+    proto = onnx.load(str(path))
+    assert [f.name for f in proto.functions] == ["BlockDiagonal"]
+    assert str(tmp_path.cwd()) not in str(proto)
+    assert not [p for n in proto.graph.node for p in n.metadata_props if p.key.endswith(("stack_trace", "fx_node"))]
+    given = torch.randn(2, 5, 12)
+    (y,) = OnnxRuntimeTarget().open(path, 1)({g.specs()[0].name: given}).values()
+    close(y, net.second(torch.relu(operator.product(EagerOps(), given) + net.first.bias)).detach())
+
+
+def test_int8_form_runs_and_is_close(tmp_path: Path) -> None:
+    g = OnnxGraph(model(MLP, 18, MLP_WEIGHTS))
+    path = tmp_path / "m.onnx"
+    OnnxTarget().emit(g, path, EmitOptions())
+    x = torch.randn(2, 8, 6)
+    dense, int8 = OnnxTarget().open(path, 1)({"x": x})["y"], OnnxTarget().open_int8(path, 1)({"x": x})["y"]
+    assert not torch.equal(dense, int8)
+    assert (int8 - dense).norm() < dense.norm() - int8.sub(dense).norm()
+
+
+def test_refusals_are_one_line(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"\x08\x0a")
+    for call in (OnnxTarget().open, OnnxTarget().open_int8):
+        with pytest.raises(RewriteError) as caught:
+            call(bad, 1)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RewriteError, match="no value is given for input 'x'"):
+        OnnxGraph(model(MLP, 18, MLP_WEIGHTS)).run({})
+
+
+def test_timings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = [Dense(torch.randn(8, 8)), BlockDiagonal(torch.randn(2, 4, 4))]
+    seconds = OnnxTarget().measure(forms, 4, 1)
+    assert len(seconds) == 2
+    assert all(s > 0 for s in seconds)
+    monkeypatch.setattr(measure, "interleave", lambda *_, **__: pytest.fail("measured twice"))
+    assert OnnxTarget().measure([Dense(torch.randn(8, 8)), BlockDiagonal(torch.randn(2, 4, 4))], 4, 1) == seconds
+    for file in (tmp_path / "cache" / "timings").iterdir():
+        file.write_text("{broken")
+    monkeypatch.undo()
+    assert len(OnnxTarget().measure(forms, 4, 1)) == 2
+
+
+def test_the_fastest_lowering_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = flatten(BlockDiagonal(torch.randn(2, 4, 4)))[1]
+    figures = {1: [1.0, 2.0], 256: [5.0, 3.0]}
+    monkeypatch.setattr(lowering, "measure_lowerings", lambda spec, rank, names, tokens, threads: figures[tokens])
+    choose = lowering.chooser
+    assert [choose(t, 1)(spec, 3) for t in ((1,), (256,), (1, 256))] == ["split", "batched", "batched"]
+    assert not lowering.has_blocks(flatten(Dense(torch.randn(2, 2)))[1])
+
+
+def test_timing_entries_are_plain_numbers(tmp_path: Path) -> None:
+    OnnxTarget().measure([BlockDiagonal(torch.randn(2, 4, 4))], 2, 1)
+    entries = [json.loads(f.read_text()) for f in (tmp_path / "cache" / "timings").iterdir()]
+    assert entries
+    assert all(isinstance(s, float) for entry in entries for s in entry)
