@@ -12,6 +12,7 @@ from onnx_ir.passes import common as passes
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.onnx.run import MAX_PROTO, Session
+from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 
 
@@ -48,6 +49,8 @@ def _prepared(path: Path, target: Path) -> bool:
     """The model with its functions inlined (their bodies are not quantised) and shapes inferred. True where it is large."""
     model = load_onnx(path)
     passes.InlinePass()(model)
+    if needs_widening(model):
+        widen(model)
     passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None) > MAX_PROTO
     if large:

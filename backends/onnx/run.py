@@ -16,6 +16,7 @@ from torch import Tensor
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.tensors import array_to_torch
+from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 
 MAX_PROTO = 1_500_000_000  # bytes of weights that go through memory; more goes through a file
@@ -95,6 +96,8 @@ class Tapped:
         self.shapes = {name: values[name].shape for name in taps}
         self.inputs = {v.name or "": v.shape for v in copy.graph.inputs}
         passes.RemoveUnusedNodesPass()(copy)
+        if needs_widening(copy):
+            widen(copy)
         attach(copy)
         with loadable(copy) as source:
             self.session = Session(source, torch.get_num_threads(), faithful=True)

@@ -17,7 +17,8 @@ from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.int8 import open_int8
 from rewriter.backends.onnx.lowering import chooser
 from rewriter.backends.onnx.measure import measure
-from rewriter.backends.onnx.run import Session
+from rewriter.backends.onnx.run import Session, loadable
+from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.operator import AbstractMatrix
@@ -32,11 +33,19 @@ class OnnxTarget:
 
     def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
         model = source_model(graph, options)
+        self.prepare(model)
         save_onnx(finish(model, options.opset, options.flatten, chooser(options.tokens, options.threads), options.provenance), path)
 
+    def prepare(self, model: ir.Model) -> None:
+        """What this target cannot run is said otherwise: nothing here."""
+
     def open(self, path: Path, threads: int) -> Runner:
-        load_onnx(path)  # what the file says about itself and its data is checked before ONNX Runtime reads it
-        return Session(str(path), threads)
+        model = load_onnx(path)  # what the file says about itself and its data is checked before ONNX Runtime reads it
+        if not needs_widening(model):
+            return Session(str(path), threads)
+        widen(model)
+        with loadable(model) as source:
+            return Session(source, threads)
 
     def open_int8(self, path: Path, threads: int) -> Runner:
         return open_int8(path, threads)
@@ -49,6 +58,11 @@ class OnnxRuntimeTarget(OnnxTarget):
     """ONNX Runtime on the CPU."""
 
     name = "onnxruntime"
+
+    def prepare(self, model: ir.Model) -> None:
+        """Its CPU has no bfloat16 product."""
+        if needs_widening(model):
+            widen(model)
 
 
 def source_model(graph: Graph, options: EmitOptions) -> ir.Model:

@@ -215,3 +215,37 @@ def test_timing_entries_are_plain_numbers(tmp_path: Path) -> None:
     entries = [json.loads(f.read_text()) for f in (tmp_path / "cache" / "timings").iterdir()]
     assert entries
     assert all(isinstance(s, float) for entry in entries for s in entry)
+
+
+BF16 = "g (bfloat16[B,6] x) => (bfloat16[B,5] y) { t = Transpose<perm=[1,0]>(w)  c = Cast<to=16>(s)  m = MatMul(x, t)  y = Mul(m, c) }"
+
+
+def bfloat16_graph() -> OnnxGraph:
+    m = model(BF16, 18, {"w": (5, 6), "s": (1,)})
+    w = m.graph.initializers["w"]
+    w.const_value = ir.Tensor(w.const_value.numpy().astype(ir.DataType.BFLOAT16.numpy()), name="w")
+    w.dtype = ir.DataType.BFLOAT16
+    return OnnxGraph(m)
+
+
+def test_bfloat16_runs_as_float32_and_stays_where_files_are_portable(tmp_path: Path) -> None:
+    g = bfloat16_graph()
+    node = next(n for n in g.nodes() if g.op(n) == "matmul")
+    w = node.inputs[1]
+    weight = g.const(w)
+    assert weight is not None
+    assert weight.dtype == torch.bfloat16
+    x = torch.randn(3, 6).bfloat16()
+    scale = g.const(g.model.graph.initializers["s"])
+    y = (x.float() @ weight.float()) * scale
+    close(g.run({"x": x})["y"], y)
+    place = Place((node,), node.inputs[0], node.outputs[0])
+    g.splice(Site("w", "w", "linear", (5, 6), torch.bfloat16, (place,), {"weight": WeightRef("w", w, (1, 0))}), Dense(weight.contiguous()))
+    close(g.run({"x": x})["y"], y)
+    for target, kept in ((OnnxTarget(), True), (OnnxRuntimeTarget(), False)):
+        path = tmp_path / f"{target.name}.onnx"
+        target.emit(g, path, EmitOptions())
+        stored = onnx.load(str(path)).graph.initializer
+        assert (onnx.TensorProto.BFLOAT16 in [t.data_type for t in stored]) == kept
+        close(target.open(path, 1)({"x": x})["y"], y)
+        target.open_int8(path, 1)({"x": x})
