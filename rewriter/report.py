@@ -1,4 +1,4 @@
-"""The report: what changed where, what it cost and costs, how far the output moved and on which inputs, what was measured, why each refusal.
+"""The report: what changed where, what it cost and costs, how far the output moved on which inputs, what was measured, why each refusal.
 
 One dataclass tree, one JSON form (schema: report.schema.json); the terminal shows the same content, and the emitted model stores it.
 """
@@ -103,7 +103,11 @@ class Report:
         """Write the JSON atomically, checked against the schema."""
         text = self.to_json()
         validate(json.loads(text))
-        write_atomically(path, lambda temporary: temporary.write_text(text + "\n") and None)
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text + "\n")
+
+        write_atomically(path, write)
 
 
 def _finite(value: Any) -> Any:
@@ -123,13 +127,13 @@ def schema() -> dict[str, Any]:
 
 def validate(content: Mapping[str, Any]) -> None:
     """RewriteError where a report does not satisfy the schema."""
-    import jsonschema
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
 
-    try:
-        jsonschema.validate(content, schema())
-    except jsonschema.ValidationError as error:
+    error = best_match(Draft202012Validator(schema()).iter_errors(content))
+    if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "top level"
-        raise RewriteError(f"not a report of schema {SCHEMA}: {error.message} at {where}") from error
+        raise RewriteError(f"not a report of schema {SCHEMA}: {error.message[:200]} at {where}")
 
 
 def load(path: Path) -> Report:

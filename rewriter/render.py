@@ -1,0 +1,227 @@
+"""Reports as text: every site, what it became or why it stayed, what was measured, and the outcome in the last line.
+
+Lines are laid out here and printed by rich, which gives colour to a terminal and nothing to a pipe; there the width is COLUMNS or 120.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from rewriter.table import change, clean, columns, count, fold, middle, nbytes, number
+
+if TYPE_CHECKING:
+    from rewriter.pipeline import Result
+    from rewriter.report import Latency, OutputError, Report, SiteRow
+
+WIDTH = 120
+EACH = 8  # sites that are kept for like reasons are listed one by one up to here
+UNITS = (("params", "params"), ("flops", "FLOP"), ("nbytes", "bytes"))
+
+
+def console(stream: IO[str] | None = None) -> Console:
+    """Plain and stable unless the stream is a terminal."""
+    out = stream or sys.stdout
+    if out.isatty():
+        return Console(file=out, highlight=False, markup=False, emoji=False)
+    given = os.environ.get("COLUMNS", "")
+    width = int(given) if given.isdigit() and int(given) >= 40 else WIDTH
+    return Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False, markup=False, emoji=False)
+
+
+def show_result(result: Result, quiet: bool, stream: IO[str] | None = None) -> None:
+    """The report and, as the last line, what happened."""
+    out = console(stream)
+    if not quiet:
+        print_lines(out, [*report_lines(result.report, out.width), ""])
+    style = "bold green" if result.exit_code == 0 else "bold yellow"
+    out.print(Text(clean(result.message), style), soft_wrap=True)
+
+
+def show_verification(error: OutputError, code: int, quiet: bool, stream: IO[str] | None = None) -> None:
+    """The certificate of `rewrite verify`."""
+    out = console(stream)
+    if not quiet:
+        print_lines(out, [*error_lines(error, out.width), ""])
+    bound = "" if error.bound is None else f", {'within' if code == 0 else 'above'} --max-error {error.bound:g}"
+    out.print(Text(f"relative error at most {number(error.upper)} at {error.confidence:.0%} confidence{bound}", "bold"), soft_wrap=True)
+
+
+def show_latency(rows: Sequence[Latency], quiet: bool, stream: IO[str] | None = None) -> None:
+    """The table of `rewrite bench`; A is dense, B rewritten."""
+    out = console(stream)
+    if not quiet:
+        print_lines(out, [*latency_lines(rows, out.width), ""])
+    out.print(Text("B against A: " + (_speeds(rows) or "nothing could be measured"), "bold"), soft_wrap=True)
+
+
+def print_lines(out: Console, lines: Iterable[str | Text]) -> None:
+    for line in lines:
+        out.print(line if isinstance(line, Text) else Text(line), soft_wrap=True)
+
+
+def report_lines(report: Report, width: int) -> list[str | Text]:
+    """A whole report but for its outcome."""
+    lines: list[str | Text] = [*_head(report, width), ""]
+    changed = [row for row in report.sites if row.status != "kept"]
+    if changed:
+        lines += [*site_lines(changed, width), ""]
+    kept = [row for row in report.sites if row.status == "kept"]
+    if kept:
+        lines += [*kept_lines(kept, width), ""]
+    lines += total_lines(report, width)
+    if report.output_error is not None:
+        lines += ["", *error_lines(report.output_error, width)]
+    if report.latency:
+        lines += ["", *latency_lines(report.latency, width)]
+    if report.notes:
+        lines += ["", Text("notes", "bold"), *(line for note in report.notes for line in fold(clean(note), width, "  ", "    "))]
+    return lines
+
+
+def _head(report: Report, width: int) -> list[str | Text]:
+    path = report.model["path"] or "a model in memory"
+    given = f"{clean(str(path))} ({report.model['format']}"
+    size = report.nbytes.get("dense")
+    given += f", {nbytes(size)})" if size is not None else ")"
+    took = f"{report.seconds:.1f} s" if math.isfinite(report.seconds) else "unknown"
+    return [
+        *fold(f"{given} for {report.target}", width, "model   ", "        "),
+        *fold(f"{', '.join(map(clean, report.passes))}; seed {report.seed}; took {took}", width, "passes  ", "        "),
+    ]
+
+
+def site_lines(rows: Sequence[SiteRow], width: int) -> list[str | Text]:
+    """Sites that change: figures, then the reason; neighbours with one reason share it. Below 100 columns names have their own line."""
+    verb = "would become" if any(row.status == "planned" for row in rows) else "became"
+    titles = ["site", "kind", "shape", verb, "params", "FLOP per token", "error"]
+    cells = [[clean(r.name), r.kind, _shape(r), _becomes(r), *_costs(r), _error(r)] for r in rows]
+    if width >= 100:
+        head, body = columns(titles, cells, width, [(0, 40), (3, 16), (0, 24)])
+    else:
+        head, body = columns(titles[2:], [row[2:] for row in cells], width - 2, [(1, 16)])
+        head = ["site", *(f"  {line}" for line in head)]
+        body = [[middle(f"{row[0]} ({row[1]})", width), *(f"  {line}" for line in block)] for row, block in zip(cells, body, strict=True)]
+    lines: list[str | Text] = [Text(line, "bold") for line in head]
+    for reason, group in groupby(zip(rows, body, strict=True), key=lambda pair: pair[0].reason):
+        members = list(group)
+        lines += [line for _, block in members for line in block]
+        lead = f"{len(members)} alike: " if len(members) > 1 else ""
+        lines += [Text(line, "dim") for line in fold(lead + clean(reason), width, "    ", "    ")]
+    return lines
+
+
+def kept_lines(rows: Sequence[SiteRow], width: int) -> list[str | Text]:
+    """Sites that stay, grouped by reason; reasons that differ in their numbers alone are listed up to EACH, then told by example."""
+    alike: dict[tuple[str, str], list[SiteRow]] = {}
+    for row in rows:
+        alike.setdefault((row.kind, re.sub(r"\d+(\.\d+)?", "#", row.reason)), []).append(row)
+    lines: list[str | Text] = [Text("kept as they were", "bold")]
+    for (kind, _), group in alike.items():
+        by_reason: dict[str, list[SiteRow]] = {}
+        for row in group:
+            by_reason.setdefault(row.reason, []).append(row)
+        if len(by_reason) > EACH:
+            first = group[0]
+            said = f"{len(group)} {kind} sites with other figures each, such as {clean(first.name)}: {clean(first.reason)}"
+            lines += [*fold(said, width, "  ", "    "), *_names(group[1:], width)]
+            continue
+        for reason, members in by_reason.items():
+            if len(members) == 1:
+                lines += fold(f"{clean(members[0].name)} ({kind}): {clean(reason)}", width, "  ", "    ")
+            else:
+                lines += [*fold(f"{len(members)} {kind} sites: {clean(reason)}", width, "  ", "    "), *_names(members, width)]
+    return lines
+
+
+def _names(rows: Sequence[SiteRow], width: int) -> list[Text]:
+    shown = ", ".join(middle(clean(row.name), max(20, width // 2)) for row in rows[:EACH])
+    more = f" and {len(rows) - EACH} more (--report lists all)" if len(rows) > EACH else ""
+    return [Text(line, "dim") for line in fold(shown + more, width, "      ", "      ")]
+
+
+def total_lines(report: Report, width: int) -> list[str | Text]:
+    """Sums over all sites, and the files' sizes."""
+    from rewriter.report import totals
+
+    before, after = totals(report.sites)
+    planned = any(row.status == "planned" for row in report.sites)
+    count, all_ = report.matched["rewritten"], report.matched["sites"]
+    said = f"matched {count} of {all_} sites{' (planned)' if planned else ''}: "
+    said += ", ".join(f"{title} {change(before.of(unit), after.of(unit), unit)}" for unit, title in UNITS)
+    dense, now = report.nbytes.get("dense"), report.nbytes.get("rewritten")
+    if dense is not None and now is not None:
+        said += f"; model file {change(dense, now, 'nbytes')}"
+    explained = "Figures are sums over the sites; FLOP: 2 per multiply-add, per token, as executed on the target; biases left out."
+    return [*fold(said, width, "", "    "), *(Text(line, "dim") for line in fold(explained, width, "    ", "    "))]
+
+
+def error_lines(error: OutputError, width: int) -> list[str | Text]:
+    """The certificate: figure, interval, tail, law."""
+    interval = f" +- {number(error.half_width)}" if math.isfinite(error.half_width) else ", no interval"
+    norm = "relative L2" if error.norm == "relative_l2" else clean(error.norm)
+    said = f"{norm} error {number(error.estimate)}{interval} ({error.confidence:.0%} over {error.replications} replications)"
+    said += f", p99 {number(error.p99)}, max {number(error.max)}"
+    said += f", cosine {error.cosine:.4f}" if error.cosine is not None else ""
+    said += f"; bound {error.bound:g}" if error.bound is not None else "; no bound was asked"
+    lines: list[str | Text] = [*fold(f"worst output '{clean(error.output)}': {said}", width, "error   ", "        ")]
+    lines += fold(f"on {error.samples} samples, {clean(error.law)}; it holds for such inputs", width, "        ", "        ")
+    if error.metric is not None:
+        figures = [error.metric["estimate"], error.metric["half_width"]]
+        estimate, half = (number(f) if f is not None else "unknown" for f in figures)
+        lines += fold(f"{clean(str(error.metric['name']))}: {estimate} +- {half}", width, "        ", "        ")
+    return lines
+
+
+def latency_lines(rows: Sequence[Latency], width: int) -> list[str | Text]:
+    """Dense, dense int8 and rewritten, with ratios; what could not be had is a dash, and its note stands below."""
+    threads = rows[0].threads if rows else 1
+    lines: list[str | Text] = [Text(f"latency of the whole model, medians, {threads} thread{'s' if threads > 1 else ''}", "bold")]
+    titles = ["tokens", "dense", "dense int8", "rewritten", "dense / rewritten", "int8 / rewritten"]
+    seconds = [map(_seconds, (r.dense_seconds, r.int8_seconds, r.rewritten_seconds)) for r in rows]
+    cells = [[str(r.tokens), *figures, _spread(r), _times(r.int8_ratio)] for r, figures in zip(rows, seconds, strict=True)]
+    head, body = columns(titles, cells, width - 2)
+    lines += [f"  {line}" for line in head] + [f"  {line}" for block in body for line in block]
+    notes = dict.fromkeys(r.note for r in rows if r.note)
+    return [*lines, *(line for note in notes for line in fold(clean(note), width, "  - ", "    "))]
+
+
+def _becomes(row: SiteRow) -> str:
+    return clean(row.structure or "part of another")
+
+
+def _costs(row: SiteRow) -> list[str]:
+    return [f"{count(row.cost[unit]['before'])} -> {count(row.cost[unit]['after'])}" for unit in ("params", "flops")]
+
+
+def _shape(row: SiteRow) -> str:
+    return "x".join(map(str, row.shape)) if row.shape else "-"
+
+
+def _error(row: SiteRow) -> str:
+    return "exact" if row.exact else "-" if row.error is None else number(row.error)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _spread(row: Latency) -> str:
+    spread: Any = row.ratio_spread
+    return _times(row.ratio) + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread and None not in spread and row.ratio is not None else "")
+
+
+def _speeds(rows: Sequence[Latency]) -> str:
+    return ", ".join(f"{r.ratio:.2f}x as fast at {r.tokens} token{'s' if r.tokens > 1 else ''}" for r in rows if r.ratio is not None)
