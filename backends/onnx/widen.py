@@ -37,7 +37,7 @@ def widen(model: ir.Model) -> None:
 
 def _value(value: ir.Value) -> None:
     if value.dtype == _NARROW:
-        value.dtype = _WIDE
+        value.type = ir.TensorType(_WIDE)  # clones share their types: never edit one in place
     if value.const_value is not None and value.const_value.dtype == _NARROW:
         value.const_value = _wide(value.const_value)
 
