@@ -28,6 +28,6 @@ class Auto(AbstractPass):
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         check_share(self.params, "auto:params")
         share = self.params or context.share
-        families = [kind() for kind in structures().values()]
+        families = [kind() for kind in structures().values() if not kind.preset]
         lossy = share is not None or context.consent
         yield from decide_all(graph, context, Plan(families, lossy, share or DEFAULT_SHARE))

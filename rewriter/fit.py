@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +24,9 @@ from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.rule import Context, Decision
 from rewriter.structure import AbstractStructure, Fitted
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -52,19 +59,39 @@ def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision
             yield _keep(site, refusal)
         else:
             open_sites.append(site)
+    def first_look(site: Site) -> Decision | None:
+        found = _discovered(graph, plan, site)
+        if found is None and not plan.lossy:
+            return _keep(site, "not an exact member of any family; a lossy form needs a bound: params=, --budget or --max-error")
+        return found or _cached(graph, context, plan, site)
+
     missing = []
-    for site in context.progress.track(open_sites, "looking for exact structure", len(open_sites)):
-        decision = _discovered(graph, plan, site)
-        if decision is not None:
-            yield decision
-        elif not plan.lossy:
-            yield _keep(site, "not an exact member of any family; a lossy form needs a bound: params=, --budget or --max-error")
-        elif (cached := _cached(graph, context, plan, site)) is not None:
-            yield cached
-        else:
+    for site, decision in context.progress.track(in_parallel(first_look, open_sites), "looking for exact structure", len(open_sites)):
+        if decision is None:
             missing.append(site)
-    for site, moments in context.progress.track(context.calibration.moments(missing), "fitting", len(missing)):
-        yield _fitted(graph, context, plan, site, moments)
+        else:
+            yield decision
+    asked = context.progress.track(context.calibration.moments(missing), "fitting", len(missing))
+    workers = 1 if context.objective == "ms" else None  # timings want the machine to themselves
+    for _, decision in in_parallel(lambda pair: _fitted(graph, context, plan, *pair), asked, workers):
+        yield decision
+
+
+def in_parallel(work: Callable[[A], B], items: Iterable[A], workers: int | None = None) -> Iterator[tuple[A, B]]:
+    """(item, work(item)) in order, on a thread for each core, each with one thread of torch: sites are independent, and torch lets go of the
+    interpreter while it computes. At most two items a worker are in flight, so a streamed input is never held whole."""
+    count = workers or os.cpu_count() or 1
+    before = torch.get_num_threads()
+    waiting: collections.deque[tuple[A, Future[B]]] = collections.deque()
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1 if count > 1 else before,)) as pool:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) >= 2 * count:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        while waiting:
+            item, future = waiting.popleft()
+            yield item, future.result()
 
 
 def site_cost(site: Site) -> Cost:
@@ -187,9 +214,13 @@ def fit_families(
     `shifted`: the bias takes the mean error up, so the families see the covariance; errors stay relative to the whole product.
     """
     seen = replace(moments, second=moments.covariance(), mean=torch.zeros_like(moments.mean)) if shifted else moments
-    scale = (seen.energy(weight) / max(moments.energy(weight), 1e-300)) ** 0.5
+    scale = max((seen.energy(weight) / max(moments.energy(weight), 1e-300)) ** 0.5, 1e-300)
     fits, refusals = [], []
-    for structure in structures:
+    for structure in sorted(structures, key=lambda s: s.iterative):
+        rival = min((f.weighted_error / scale for f in fits), default=None)
+        if rival is not None and structure.iterative and not structure.promising(weight, seen, limit, rival):
+            refusals.append(f"{structure.name}: what its fit starts from is too far above {rival:.3g}")
+            continue
         found = structure.fit(weight, seen, limit, rng)
         if isinstance(found, Fitted):
             fits.append(replace(found, weighted_error=found.weighted_error * scale))

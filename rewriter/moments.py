@@ -64,11 +64,15 @@ def layer_norm(gamma: Tensor, beta: Tensor | None, rms: bool, law: str = "upstre
 
 
 class Accumulator:
-    """Streams rows of x into count, sum and sum of x x^T; chunked so that no second copy of a large batch exists."""
+    """Streams rows of x into count, mean and covariance; chunked so that no second copy of a large batch exists.
+
+    Rows are taken relative to the first chunk's mean (the shifted-data form of the variance), so that a large mean costs the covariance no digits.
+    """
 
     def __init__(self, features: int, chunk: int = 8192) -> None:
-        self.second = torch.zeros(features, features, dtype=torch.float64)
+        self.square = torch.zeros(features, features, dtype=torch.float64)
         self.total = torch.zeros(features, dtype=torch.float64)
+        self.origin: Tensor | None = None
         self.count = 0
         self.chunk = chunk
 
@@ -77,11 +81,17 @@ class Accumulator:
         rows = x.detach().reshape(-1, x.shape[-1])
         for part in rows.split(self.chunk):
             part = part.float() if part.dtype != torch.float64 else part
-            self.second += (part.T @ part).double()
+            if self.origin is None:
+                self.origin = part.mean(0)
+            part = part - self.origin
+            self.square += (part.T @ part).double()
             self.total += part.sum(0, dtype=torch.float64)
         self.count += len(rows)
 
     def moments(self, law: str) -> Moments:
         """The averages so far; at least one row must have been seen."""
-        count = max(self.count, 1)
-        return Moments(self.second / count, self.total / count, self.count, law)
+        assert self.origin is not None
+        offset = self.total / self.count
+        mean = self.origin.double() + offset
+        covariance = self.square / self.count - torch.outer(offset, offset)
+        return Moments(covariance + torch.outer(mean, mean), mean, self.count, law)

@@ -48,6 +48,8 @@ class AbstractStructure(abc.ABC):
     """
 
     name: ClassVar[str]
+    iterative: ClassVar[bool] = False  # fits in sweeps: tried after the closed forms, where `promising`
+    preset: ClassVar[bool] = False  # a member of another family under its own name: not for `auto`, which has the family
     kinds: ClassVar[dict[str, type[AbstractStructure]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -61,6 +63,10 @@ class AbstractStructure(abc.ABC):
         weight is (m, n) float32, y = W x; moments describe x (n wide). Options that are set are kept; if they then exceed cost_limit: NoMatch with
         both numbers. Deterministic given rng.
         """
+
+    def promising(self, weight: Tensor, moments: Moments, cost_limit: int, rival: float) -> bool:
+        """Whether `fit` may reach a weighted error below `rival`: asked before a fit that is dear, it may err towards True."""
+        return True
 
     def discover(self, weight: Tensor) -> Fitted | NoMatch:
         """The weight as an exact member, parameters found from the weight alone; NoMatch when it is none."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rewriter.passes.solvers.spectral import ridged
+from rewriter.passes.solvers.spectral import cholesky, ridged
 
 PROXIMAL = 1e-6  # relative to the mean of H's diagonal
 FP64_WORK = 2**30  # multiply-adds of one sweep above which its large products run in float32
@@ -85,7 +85,7 @@ class _Problem:
         corner = corner + PROXIMAL * h.diagonal().mean() * torch.eye(q, dtype=torch.float64)
         work = torch.float64 if padded.shape[0] * padded.shape[1] ** 2 <= FP64_WORK else torch.float32
         energy = float((padded.square() @ h.diagonal()).sum())  # up to correlations
-        return cls(padded.to(work), h.to(work), corner, torch.linalg.cholesky(corner), rank, g, energy * torch.finfo(work).eps)
+        return cls(padded.to(work), h.to(work), corner, cholesky(corner, 0.0), rank, g, energy * torch.finfo(work).eps)
 
     def loss(self) -> float:
         return float(((self.residual @ self.second) * self.residual).sum(dtype=torch.float64))
@@ -129,7 +129,7 @@ class _Problem:
             image = torch.cat([blocks.right[c, i].to(self.second.dtype) @ self.second[c * q : (c + 1) * q] for c in range(k)])  # (k r, k q)
             gram = torch.cat([image[:, c * q : (c + 1) * q].double() @ blocks.right[c, i].T for c in range(k)], 1)
             slope = (self.residual[i * s : (i + 1) * s] @ image.T).double()  # (s, k r)
-            factor = torch.linalg.cholesky(ridged(gram, PROXIMAL))
+            factor = cholesky((gram + gram.T) / 2, PROXIMAL)
             step = torch.cholesky_solve(slope.T, factor).T
             fallen += float(2 * (step * slope).sum() - ((step @ gram) * step).sum())
             left[:, i] += step.reshape(s, k, r).permute(1, 0, 2)

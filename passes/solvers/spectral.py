@@ -24,6 +24,17 @@ def ridged(second: Tensor, ridge: float = RIDGE) -> Tensor:
     return eye if scale <= 0 else h + ridge * scale * eye
 
 
+def cholesky(gram: Tensor, ridge: float) -> Tensor:
+    """The factor of gram + ridge * mean(diag) * I, (…, d, d); where rounding left negative eigenvalues, of the least tenfold ridge that has one."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)[..., None, None]
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * scale * eye)
+        if not bool(failed.any()):
+            return factor
+        ridge *= 10
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The output-side decomposition of a weight: energies fall, and `truncate` gives the optimum of any rank."""

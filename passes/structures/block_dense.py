@@ -16,7 +16,7 @@ from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
 from rewriter.passes.solvers.block_descent import Blocks
 from rewriter.passes.solvers.rank_search import Grid, block_counts
-from rewriter.passes.structures._blocks import choices, discovered, fit_best
+from rewriter.passes.structures._blocks import choices, discovered, fit_best, may_beat
 from rewriter.passes.structures._common import unusable
 from rewriter.structure import AbstractStructure, Fitted, NoMatch
 
@@ -52,15 +52,23 @@ def block_dense(blocks: Blocks, inputs: int) -> BlockDense:
 class BlockDenseStructure(AbstractStructure):
     """blocks: of columns, by default the best of 2, 4, 8; rank: of each block (StructuredFFN's R is blocks * rank), as fits."""
 
+    iterative: ClassVar[bool] = True
     name: ClassVar[str] = "block-dense"
     blocks: int | None = None
     rank: int | None = None
 
     def fit(self, weight: Tensor, moments: Moments, cost_limit: int, rng: torch.Generator) -> Fitted | NoMatch:
         """The least weighted error over the block counts tried; one block is low rank."""
-        grids = [Grid(k, 1) for k in ((self.blocks,) if self.blocks else (2, 4, 8))]
-        settings = choices(self.name, weight, moments, grids, self.rank, cost_limit)
+        settings = self._settings(weight, moments, cost_limit)
         return settings if isinstance(settings, NoMatch) else fit_best(self, settings, weight, moments, self._operator)
+
+    def promising(self, weight: Tensor, moments: Moments, cost_limit: int, rival: float) -> bool:
+        """By the error that the descent starts from."""
+        return may_beat(self._settings(weight, moments, cost_limit), weight, moments, rival)
+
+    def _settings(self, weight: Tensor, moments: Moments, cost_limit: int) -> list[tuple[Grid, int]] | NoMatch:
+        grids = [Grid(k, 1) for k in ((self.blocks,) if self.blocks else (2, 4, 8))]
+        return choices(self.name, weight, moments, grids, self.rank, cost_limit)
 
     def discover(self, weight: Tensor) -> Fitted | NoMatch:
         """Any block count that divides, small ones that do not."""

@@ -17,7 +17,7 @@ from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
 from rewriter.passes.solvers.block_descent import Blocks
 from rewriter.passes.solvers.rank_search import Grid, block_counts, divisors
-from rewriter.passes.structures._blocks import choices, discovered, fit_best
+from rewriter.passes.structures._blocks import choices, discovered, fit_best, may_beat
 from rewriter.passes.structures._common import unusable
 from rewriter.passes.structures.block_dense import block_dense
 from rewriter.passes.structures.low_rank import LowRank
@@ -68,6 +68,7 @@ def monarch(grid: Grid, blocks: Blocks, shape: torch.Size) -> AbstractMatrix:
 class MonarchStructure(AbstractStructure):
     """blocks: column blocks, by default the best of 2, 4, 8; rows: row groups, by default as many; rank: of each block, what fits."""
 
+    iterative: ClassVar[bool] = True
     name: ClassVar[str] = "monarch"
     blocks: int | None = None
     rows: int | None = None
@@ -75,9 +76,16 @@ class MonarchStructure(AbstractStructure):
 
     def fit(self, weight: Tensor, moments: Moments, cost_limit: int, rng: torch.Generator) -> Fitted | NoMatch:
         """The least weighted error over the block counts tried, by block coordinate descent."""
-        grids = [Grid(k, self.rows or min(k, len(weight))) for k in ((self.blocks,) if self.blocks else (2, 4, 8))]
-        settings = choices(self.name, weight, moments, grids, self.rank, cost_limit)
+        settings = self._settings(weight, moments, cost_limit)
         return settings if isinstance(settings, NoMatch) else fit_best(self, settings, weight, moments, monarch)
+
+    def promising(self, weight: Tensor, moments: Moments, cost_limit: int, rival: float) -> bool:
+        """By the error that the descent starts from."""
+        return may_beat(self._settings(weight, moments, cost_limit), weight, moments, rival)
+
+    def _settings(self, weight: Tensor, moments: Moments, cost_limit: int) -> list[tuple[Grid, int]] | NoMatch:
+        grids = [Grid(k, self.rows or min(k, len(weight))) for k in ((self.blocks,) if self.blocks else (2, 4, 8))]
+        return choices(self.name, weight, moments, grids, self.rank, cost_limit)
 
     def discover(self, weight: Tensor) -> Fitted | NoMatch:
         """Contiguous grids, and strided ones where the counts divide."""
