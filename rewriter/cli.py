@@ -159,8 +159,19 @@ def _check_out(path: str) -> None:
     folder = Path(path).parent
     if not folder.is_dir():
         raise RewriteError(f"the folder {folder} does not exist; make it, or give another -o OUT")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not _takes_files(folder):
         raise RewriteError(f"the folder {folder} cannot be written; give -o OUT elsewhere")
+
+
+def _takes_files(folder: Path) -> bool:
+    """Tried, not asked: permissions do not tell of full disks and odd file systems."""
+    import tempfile
+
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_report(path: str | None, models: Sequence[str | None]) -> None:
@@ -168,7 +179,7 @@ def _check_report(path: str | None, models: Sequence[str | None]) -> None:
     if path is None:
         return
     file = Path(path)
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+    if file.is_dir() or not file.parent.is_dir() or not _takes_files(file.parent):
         raise RewriteError(f"--report {path} cannot be written; give a file in a folder that exists and can be written")
     if any(model is not None and file.resolve() == Path(model).resolve() for model in models):
         raise RewriteError(f"--report {path} would overwrite the model; give another file")
@@ -209,7 +220,7 @@ def run(args: Sequence[str]) -> int:
     except USAGE_ERROR as error:
         return _fail(f"{error.format_message().rstrip('.')}; see `rewrite --help`", 2, args)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130, args)
+        return _fail("interrupted", 130, args)
     except BrokenPipeError:  # the reader of our output left: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -221,6 +232,10 @@ def run(args: Sequence[str]) -> int:
 
 def _dispatch(args: list[str]) -> int:
     commands = _commands()
+    if "--debug" not in args and not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")  # libraries warn their callers; what users have to know is said in the report
     if args[:1] == ["--version"]:
         from rewriter.versions import versions
 

@@ -49,7 +49,8 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], INPUTS: [], CHOICE: [], RUNNING: []}
-        for param in self.get_params(ctx):
+        params: list[Any] = self.get_params(ctx)
+        for param in params:
             argument = param.param_type_name == "argument"
             row = (param.metavar, param.help) if argument else param.get_help_record(ctx)
             groups["Arguments" if argument else getattr(param, "rich_help_panel", None) or "Options"].append(row)

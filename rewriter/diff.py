@@ -156,7 +156,7 @@ def _open(path: Path) -> Any:
 
     kind = importlib.import_module("rewriter.backends.files.sniff").recognise(path)
     if kind.value not in ("pt2", "onnx"):
-        raise RewriteError(f"{path}: a {kind.value}; diff reads .pt2 and .onnx files")
+        raise RewriteError(f"{path} is no .pt2 or .onnx file ({kind.value}); diff compares .onnx with .onnx, or .pt2 with .pt2")
     return importlib.import_module("rewriter.backends.files.load").open_source(path, Options())
 
 

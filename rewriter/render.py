@@ -41,7 +41,7 @@ def show_result(result: Result, quiet: bool, stream: IO[str] | None = None) -> N
     """The report and, as the last line, what happened."""
     out = console(stream)
     if not quiet:
-        print_lines(out, [*report_lines(result.report, out.width), ""])
+        print_lines(out, [*report_lines(result.report, out.width, result.exit_code == 0), ""])
     style = "bold green" if result.exit_code == 0 else "bold yellow"
     out.print(Text(clean(result.message), style), soft_wrap=True)
 
@@ -68,16 +68,16 @@ def print_lines(out: Console, lines: Iterable[str | Text]) -> None:
         out.print(line if isinstance(line, Text) else Text(line), soft_wrap=True)
 
 
-def report_lines(report: Report, width: int) -> list[str | Text]:
-    """A whole report but for its outcome."""
+def report_lines(report: Report, width: int, done: bool = True) -> list[str | Text]:
+    """A whole report but for its outcome; `done`: whether the model was written."""
     lines: list[str | Text] = [*_head(report, width), ""]
     changed = [row for row in report.sites if row.status != "kept"]
     if changed:
-        lines += [*site_lines(changed, width), ""]
+        lines += [*site_lines(changed, width, done), ""]
     kept = [row for row in report.sites if row.status == "kept"]
     if kept:
         lines += [*kept_lines(kept, width), ""]
-    lines += total_lines(report, width)
+    lines += total_lines(report, width, done)
     if report.output_error is not None:
         lines += ["", *error_lines(report.output_error, width)]
     if report.latency:
@@ -99,9 +99,10 @@ def _head(report: Report, width: int) -> list[str | Text]:
     ]
 
 
-def site_lines(rows: Sequence[SiteRow], width: int) -> list[str | Text]:
+def site_lines(rows: Sequence[SiteRow], width: int, done: bool) -> list[str | Text]:
     """Sites that change: figures, then the reason; neighbours with one reason share it. Below 100 columns names have their own line."""
-    verb = "would become" if any(row.status == "planned" for row in rows) else "became"
+    planned = any(row.status == "planned" for row in rows)
+    verb = "would become" if planned else "became" if done else "would have become"
     titles = ["site", "kind", "shape", verb, "params", "FLOP per token", "error"]
     cells = [[clean(r.name), r.kind, _shape(r), _becomes(r), *_costs(r), _error(r)] for r in rows]
     if width >= 100:
@@ -148,14 +149,14 @@ def _names(rows: Sequence[SiteRow], width: int) -> list[Text]:
     return [Text(line, "dim") for line in fold(shown + more, width, "      ", "      ")]
 
 
-def total_lines(report: Report, width: int) -> list[str | Text]:
+def total_lines(report: Report, width: int, done: bool) -> list[str | Text]:
     """Sums over all sites, and the files' sizes."""
     from rewriter.report import totals
 
     before, after = totals(report.sites)
     planned = any(row.status == "planned" for row in report.sites)
     count, all_ = report.matched["rewritten"], report.matched["sites"]
-    said = f"matched {count} of {all_} sites{' (planned)' if planned else ''}: "
+    said = f"matched {count} of {all_} sites{' (planned)' if planned else '' if done else ' (not written)'}: "
     said += ", ".join(f"{title} {change(before.of(unit), after.of(unit), unit)}" for unit, title in UNITS)
     dense, now = report.nbytes.get("dense"), report.nbytes.get("rewritten")
     if dense is not None and now is not None:

@@ -23,7 +23,7 @@ def difference_lines(a: str, b: str, found: Difference, width: int) -> list[str 
     """Counts by operation, nodes by scope, parameters, interface, provenance."""
     lines: list[str | Text] = [*fold(f"{clean(b)} against {clean(a)}", width, "", "    ")]
     if found.same:
-        lines.append("no difference in operations, parameters, inputs or outputs")
+        lines.append(f"no difference in operations, parameters ({nbytes(found.nbytes[1])}), inputs or outputs")
     cells = [[clean(op), str(x), str(y), f"{y - x:+d}"] for op, (x, y) in found.ops.items() if x != y]
     same = sum(x == y for x, y in found.ops.values())
     if cells:
@@ -33,7 +33,7 @@ def difference_lines(a: str, b: str, found: Difference, width: int) -> list[str 
     for title, sign, nodes in (("nodes removed", "-", found.removed), ("nodes added", "+", found.added)):
         if nodes:
             lines += ["", Text(f"{title}: {len(nodes)}", "bold"), *_by_scope(sign, nodes, width)]
-    lines += _parameter_lines(found, width)
+    lines += [] if found.same else _parameter_lines(found, width)
     for title, (before, after) in (("inputs", found.inputs), ("outputs", found.outputs)):
         if before != after:
             lines += ["", *fold(f"{title}: {', '.join(map(clean, before))} became {', '.join(map(clean, after))}", width, "", "    ")]
