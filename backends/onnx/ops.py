@@ -1,40 +1,38 @@
 """The vocabulary as ONNX nodes: the body of a model-local function in standard operators, one per spec, rank and lowering.
 
-The factors are the function's inputs, their dimensions are baked in; leading dimensions are copied by zeros in Reshape, so that they stay
-dynamic without a Shape node. Only forms that mean the same in every opset from 13 to 25 are used.
+The factors are the function's inputs, their dimensions are baked in; leading dimensions are copied or inferred by Reshape, so that they
+stay dynamic without a Shape node. Only forms that mean the same in every opset from 13 to 25 are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 from torch import Tensor
 
+from rewriter.backends.onnx.arrange import Arranged, Axis, arrange, plain, settled, split
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload, skeleton
 
-LOWERINGS = ("split", "batched")  # of block_matmul; the first is what is emitted where nothing was measured
+LOWERINGS = ("split", "batched", "conv")  # of block_matmul; the first is what is emitted where nothing was measured
 MANY_BLOCKS = 64  # beyond which "split" would be a node for each block
 
 
-class Held(NamedTuple):
-    """A value and the sizes that are known: a weight's shape, or (features,)."""
+class Weight(NamedTuple):
+    """A factor and its shape."""
 
     value: ir.Value
     shape: tuple[int, ...]
-
-    @property
-    def features(self) -> int:
-        return self.shape[-1]
 
 
 class OnnxOps:
     """Emits onto a tape, for an x of known rank."""
 
     def __init__(self, rank: int, factors: Mapping[int, ir.Value], lowering: str) -> None:
-        self.rank = rank
+        self.leading = tuple(Axis(None) for _ in range(rank - 1))
         self.factors = factors  # by id of the operator's tensor
         self.lowering = lowering
         self.tape = Tape()
@@ -42,73 +40,95 @@ class OnnxOps:
     def _ints(self, *numbers: int) -> ir.Value:
         return self.tape.op("Constant", [], {"value_ints": list(numbers)})
 
-    def _reshape(self, value: ir.Value, *tail: int) -> ir.Value:
-        """The leading dimensions as they are, then these."""
-        return self.tape.op("Reshape", [value, self._ints(*[0] * (self.rank - 1), *tail)])
+    def _plain(self, value: ir.Value, features: int) -> Arranged:
+        return plain(value, self.leading, features)
 
-    def _swap(self, value: ir.Value, a: int, b: int, rank: int) -> ir.Value:
-        axes = list(range(rank))
-        axes[a], axes[b] = axes[b], axes[a]
-        return self.tape.op("Transpose", [value], {"perm": axes})
+    def _settled(self, x: Arranged) -> ir.Value:
+        return settled(self.tape, x).value
 
-    def const(self, tensor: Tensor) -> Held:
-        return Held(self.factors[id(tensor)], tuple(tensor.shape))
+    def const(self, tensor: Tensor) -> Weight:
+        return Weight(self.factors[id(tensor)], tuple(tensor.shape))
 
-    def matmul(self, x: Held, w: Held) -> Held:
-        return Held(self.tape.op("MatMul", [x.value, w.value]), (w.shape[1],))
+    def matmul(self, x: Arranged, w: Weight) -> Arranged:
+        return self._plain(self.tape.op("MatMul", [self._settled(x), w.value]), w.shape[1])
 
-    def block_matmul(self, x: Held, w: Held) -> Held:
+    def block_matmul(self, x: Arranged, w: Weight) -> Arranged:
         k, _, p = w.shape
         if k == 1:
             single = self.tape.op("Squeeze", [w.value, self._ints(0)])
-            return Held(self.tape.op("MatMul", [x.value, single]), (p,))
-        lowered = self._split if self.lowering == "split" and k <= MANY_BLOCKS else self._batched
-        return Held(lowered(x.value, w), (k * p,))
+            return self._plain(self.tape.op("MatMul", [self._settled(x), single]), p)
+        if not self.leading:
+            return self._one_row(x, w)
+        if self.lowering == "split" and k <= MANY_BLOCKS:
+            return self._split(x, w)
+        if self.lowering == "conv" and len(self.leading) <= 2:
+            return self._conv(x, w)
+        return self._batched(x, w)
 
-    def _split(self, x: ir.Value, w: Held) -> ir.Value:
+    def _one_row(self, x: Arranged, w: Weight) -> Arranged:
+        k, q, p = w.shape
+        rows = self.tape.op("Reshape", [self._settled(x), self._ints(k, 1, q)])
+        return self._plain(self.tape.op("Reshape", [self.tape.op("MatMul", [rows, w.value]), self._ints(k * p)]), k * p)
+
+    def _split(self, x: Arranged, w: Weight) -> Arranged:
         """One product for each block: 2-D weights, which runtimes pack ahead of time (the cut of a constant folds away)."""
-        k, q, _ = w.shape
-        pieces = self.tape.op_multi_out("Split", [x, self._ints(*[q] * k)], {"axis": -1}, num_outputs=k)
+        k, q, p = w.shape
+        pieces = self.tape.op_multi_out("Split", [self._settled(x), self._ints(*[q] * k)], {"axis": -1}, num_outputs=k)
         weights = self.tape.op_multi_out("Split", [w.value, self._ints(*[1] * k)], {"axis": 0}, num_outputs=k)
         zero = self._ints(0)
         products = [self.tape.op("MatMul", [a, self.tape.op("Squeeze", [b, zero])]) for a, b in zip(pieces, weights, strict=True)]
-        return self.tape.op("Concat", products, {"axis": -1})
+        return self._plain(self.tape.op("Concat", products, {"axis": -1}), k * p)
 
-    def _batched(self, x: ir.Value, w: Held) -> ir.Value:
-        """One product over a batch of blocks, the block axis moved before the last leading one."""
+    def _batched(self, x: Arranged, w: Weight) -> Arranged:
+        """One product over a batch of blocks, the block axis before the last leading one."""
+        k, _, p = w.shape
+        x, blocks, within = split(self.tape, x, k)
+        *outer, last = self.leading
+        before = tuple((axis,) for axis in outer)
+        rows = arrange(self.tape, x, (*before, blocks, (last,), within))
+        made = Axis(p)
+        product = self.tape.op("MatMul", [rows.value, w.value])
+        return Arranged(product, (*before, blocks, (last,), (made,)), self.leading, (*blocks, made))
+
+    def _conv(self, x: Arranged, w: Weight) -> Arranged:
+        """A grouped 1x1 convolution over features that lie before the last leading axis; the weight's turn folds away."""
         k, q, p = w.shape
-        if self.rank == 1:
-            rows = self.tape.op("Reshape", [x, self._ints(k, 1, q)])
-            return self.tape.op("Reshape", [self.tape.op("MatMul", [rows, w.value]), self._ints(k * p)])
-        rows = self._swap(self._reshape(x, k, q), self.rank - 2, self.rank - 1, self.rank + 1)
-        product = self.tape.op("MatMul", [rows, w.value])
-        return self._reshape(self._swap(product, self.rank - 2, self.rank - 1, self.rank + 1), k * p)
+        x, blocks, within = split(self.tape, x, k)
+        *outer, last = self.leading
+        batch = tuple(outer)  # () is a batch of one
+        channels = arrange(self.tape, x, (batch, (*blocks, *within), (last,)))
+        turned = self.tape.op("Transpose", [w.value], {"perm": [0, 2, 1]})
+        kernel = self.tape.op("Reshape", [turned, self._ints(k * p, q, 1)])
+        made = Axis(p)
+        product = self.tape.op("Conv", [channels.value, kernel], {"group": k, "kernel_shape": [1]})
+        return Arranged(product, (batch, (*blocks, made), (last,)), self.leading, (*blocks, made))
 
-    def shuffle(self, x: Held, k: int) -> Held:
-        apart = self._reshape(x.value, k, x.features // k)
-        return Held(self._reshape(self._swap(apart, self.rank - 1, self.rank, self.rank + 1), x.features), x.shape)
+    def shuffle(self, x: Arranged, k: int) -> Arranged:
+        x, first, second = split(self.tape, x, k)
+        return replace(x, features=(*second, *first))
 
-    def add(self, a: Held, b: Held) -> Held:
-        return Held(self.tape.op("Add", [a.value, b.value]), a.shape)
+    def add(self, a: Arranged, b: Arranged) -> Arranged:
+        return self._plain(self.tape.op("Add", [self._settled(a), self._settled(b)]), a.width)
 
-    def mul(self, x: Held, w: Held) -> Held:
-        return Held(self.tape.op("Mul", [x.value, w.value]), x.shape)
+    def mul(self, x: Arranged, w: Weight) -> Arranged:
+        return self._plain(self.tape.op("Mul", [self._settled(x), w.value]), x.width)
 
-    def gather(self, x: Held, index: Held) -> Held:
-        return Held(self.tape.op("Gather", [x.value, index.value], {"axis": -1}), index.shape)
+    def gather(self, x: Arranged, index: Weight) -> Arranged:
+        return self._plain(self.tape.op("Gather", [self._settled(x), index.value], {"axis": -1}), index.shape[0])
 
-    def concat(self, xs: Sequence[Held]) -> Held:
-        return Held(self.tape.op("Concat", [x.value for x in xs], {"axis": -1}), (sum(x.features for x in xs),))
+    def concat(self, xs: Sequence[Arranged]) -> Arranged:
+        return self._plain(self.tape.op("Concat", [self._settled(x) for x in xs], {"axis": -1}), sum(x.width for x in xs))
 
-    def split(self, x: Held, sizes: Sequence[int]) -> list[Held]:
-        pieces = self.tape.op_multi_out("Split", [x.value, self._ints(*sizes)], {"axis": -1}, num_outputs=len(sizes))
-        return [Held(piece, (size,)) for piece, size in zip(pieces, sizes, strict=True)]
+    def split(self, x: Arranged, sizes: Sequence[int]) -> list[Arranged]:
+        pieces = self.tape.op_multi_out("Split", [self._settled(x), self._ints(*sizes)], {"axis": -1}, num_outputs=len(sizes))
+        return [self._plain(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
 
-    def pad(self, x: Held, width: int) -> Held:
-        if width == x.features:
+    def pad(self, x: Arranged, width: int) -> Arranged:
+        if width == x.width:
             return x
-        pads = [0] * (2 * self.rank - 1) + [width - x.features]
-        return Held(self.tape.op("Pad", [x.value, self._ints(*pads)]), (width,))
+        rank = len(self.leading) + 1
+        pads = [0] * (2 * rank - 1) + [width - x.width]
+        return self._plain(self.tape.op("Pad", [self._settled(x), self._ints(*pads)]), width)
 
 
 def function(spec: str, rank: int, opset: int, lowering: str = LOWERINGS[0]) -> ir.Function:
@@ -117,7 +137,7 @@ def function(spec: str, rank: int, opset: int, lowering: str = LOWERINGS[0]) -> 
     inputs = [ir.Value(name=path.replace(".", "_")) for path in field_paths(spec)]
     ops = OnnxOps(rank, {id(leaf): value for leaf, value in zip(leaves, inputs, strict=True)}, lowering)
     x = ir.Value(name="x")
-    y = operator.product(ops, Held(x, (operator.shape[1],))).value
+    y = settled(ops.tape, operator.product(ops, plain(x, ops.leading, operator.shape[1]))).value
     if y.producer() is None:
         y = ops.tape.op("Identity", [y])
     graph = ir.Graph([x, *inputs], [y], nodes=ops.tape.nodes, opset_imports={"": opset}, name=kind(spec))
