@@ -51,7 +51,7 @@ def plain(value: ir.Value, leading: Group, features: int) -> Arranged:
 
 
 def split(tape: Tape, x: Arranged, k: int) -> tuple[Arranged, Group, Group]:
-    """The features as (k, rest): the same value and the two halves. An axis across the border is cut; where it cannot be, x is settled first."""
+    """The same value, its features as (k, rest). An axis across the border is cut; where it cannot be, x is settled first."""
     done, head = 1, list[Axis]()
     for axis in x.features:
         size = axis.size or 0

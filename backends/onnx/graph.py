@@ -22,6 +22,7 @@ from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
 from rewriter.backends.onnx.opaque import DOMAIN, SPEC, VERSION, is_opaque, spec_of
 from rewriter.backends.onnx.run import Tapped
+from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.tensors import torch_dtype
 from rewriter.errors import RewriteError
 from rewriter.graph import Place, Site
@@ -108,10 +109,9 @@ class OnnxGraph:
         return said if _DIM.fullmatch(said) else re.sub(r"\W", "_", f"{value.name}_{axis}")
 
     def _infer(self) -> None:
-        """Once: onnx's own inference, weights left out. Bodies of If, Loop and Scan included."""
         if not self._inferred:
             self._inferred = True
-            passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(self.model)
+            infer(self.model)
 
     def dtype(self, value: ir.Value) -> torch.dtype | None:
         if value.dtype is None:

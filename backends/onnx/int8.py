@@ -12,6 +12,7 @@ from onnx_ir.passes import common as passes
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.onnx.run import MAX_PROTO, Session
+from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 
@@ -22,7 +23,7 @@ def open_int8(path: Path, threads: int) -> Session:
 
     with tempfile.TemporaryDirectory(prefix="rewriter-") as folder:
         source, result = Path(folder) / "dense.onnx", Path(folder) / "int8.onnx"
-        large = _prepared(path, source)
+        model, large = _prepared(path, source)
         before = logging.root.level
         logging.root.setLevel(logging.ERROR)  # the quantiser warns on the root logger
         try:
@@ -32,8 +33,9 @@ def open_int8(path: Path, threads: int) -> Session:
                 ["MatMul", "Gemm"],
                 per_channel=True,
                 weight_type=QuantType.QInt8,
+                nodes_to_exclude=_batched(model),
                 use_external_data_format=large,
-                extra_options=_EXTRA,
+                extra_options={"MatMulConstBOnly": True},
             )
             return Session(str(result), threads)
         except Exception as problem:
@@ -42,20 +44,25 @@ def open_int8(path: Path, threads: int) -> Session:
             logging.root.setLevel(before)
 
 
-_EXTRA = {"MatMulConstBOnly": True}
+def _batched(model: ir.Model) -> list[str]:
+    """Products with stored weights of more than two axes: quantised per channel, they load and then fail at run time."""
+    products = [node for node in model.graph.all_nodes() if node.op_type == "MatMul"]
+    stored = {n.name or "": [v.const_value.shape for v in n.inputs if v is not None and v.const_value is not None] for n in products}
+    return [name for name, shapes in stored.items() if any(shape.rank() > 2 for shape in shapes)]
 
 
-def _prepared(path: Path, target: Path) -> bool:
-    """The model with its functions inlined (their bodies are not quantised) and shapes inferred. True where it is large."""
+def _prepared(path: Path, target: Path) -> tuple[ir.Model, bool]:
+    """The model with its functions inlined (their bodies are not quantised), saved at `target`. True where it is large."""
     model = load_onnx(path)
     passes.InlinePass()(model)
     if needs_widening(model):
         widen(model)
-    passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    infer(model)
+    passes.NameFixPass()(model)
     large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None) > MAX_PROTO
     if large:
         ir.save(model, target, external_data=f"{target.name}.data")
     else:
         ir.external_data.load_to_model(model)
         ir.save(model, target)
-    return large
+    return model, large

@@ -15,6 +15,7 @@ import torch
 
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.opaque import opaque, skeleton
+from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.run import Session
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.cache import default_folder, digest, hardware, measured, write_atomically
@@ -26,7 +27,7 @@ FEW_TOKENS = 8
 MOST_COPIES = 32
 MANY_TOKENS_COPIES = 2
 SECONDS = 0.2  # for each form
-RUNTIME = f"onnxruntime {version('onnxruntime')}"
+RUNTIME = f"onnxruntime {version('onnxruntime')}, {' '.join(LOWERINGS)}"  # a new lowering is a new comparison
 
 
 def measure(forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:

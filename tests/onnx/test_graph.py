@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -322,3 +323,16 @@ def test_bfloat16_weights_are_torch_tensors() -> None:
     found = g.const(find(g, "matmul").inputs[1])
     assert found.dtype == torch.bfloat16
     close(found, weight.T)
+
+
+def test_shapes_behind_contrib_operators_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "g (float[B,S,6] x) => (y) { h = com.microsoft.Gelu(x)  a = MatMul(h, u)  z = com.microsoft.BiasGelu(a, v)  y = MatMul(z, k) }"
+    g = graph(text, {"u": (6, 4), "v": (4,), "k": (4, 6)})
+    assert g.shape(find(g, "matmul", 1).outputs[0]) == ("B", "S", 6)
+    assert not list(tmp_path.iterdir())
+    m = model("g (float[B,S,6] x) => (y) { h = com.microsoft.Nobody(x)  y = MatMul(h, u) }", 18, {"u": (6, 4)})
+    unknown = OnnxGraph(m)
+    (node,) = [n for n in unknown.nodes() if unknown.op(n) == "matmul"]
+    assert "rank" in unknown.can_splice(Place((node,), node.inputs[0], node.outputs[0]))
+    assert not list(tmp_path.iterdir())

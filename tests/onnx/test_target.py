@@ -249,3 +249,22 @@ def test_bfloat16_runs_as_float32_and_stays_where_files_are_portable(tmp_path: P
         assert (onnx.TensorProto.BFLOAT16 in [t.data_type for t in stored]) == kept
         close(target.open(path, 1)({"x": x})["y"], y)
         target.open_int8(path, 1)({"x": x})
+
+
+def test_batched_weights_do_not_break_the_int8_form(tmp_path: Path) -> None:
+    text = "g (float[B,2,4,6] x) => (float[B,2,4,5] y) { a = MatMul(x, w)  y = MatMul(a, v) }"
+    path = tmp_path / "m.onnx"
+    OnnxTarget().emit(OnnxGraph(model(text, 18, {"w": (2, 6, 8), "v": (8, 5)})), path, EmitOptions())
+    x = {"x": torch.randn(3, 2, 4, 6)}
+    dense, int8 = OnnxTarget().open(path, 1)(x)["y"], OnnxTarget().open_int8(path, 1)(x)["y"]
+    assert not torch.equal(dense, int8)
+    assert (int8 - dense).norm() < dense.norm() - int8.sub(dense).norm()
+
+
+def test_wrong_shapes_in_the_source_do_not_stop_emission(tmp_path: Path) -> None:
+    g, operator = structured()
+    (relu,) = [n for n in g.nodes() if g.op(n) == "Relu"]
+    relu.outputs[0].shape = ir.Shape(["B", "S", 99])
+    OnnxTarget().emit(g, tmp_path / "m.onnx", EmitOptions())
+    x = torch.randn(1, 2, 6)
+    close(OnnxTarget().open(tmp_path / "m.onnx", 1)({"x": x})["y"], expected(operator, x))
