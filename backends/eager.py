@@ -23,7 +23,8 @@ class EagerOps:
         return torch.bmm(rows, w).transpose(0, 1).reshape(*x.shape[:-1], k * p)
 
     def shuffle(self, x: Tensor, k: int) -> Tensor:
-        return x.unflatten(-1, (k, -1)).transpose(-1, -2).flatten(-2)
+        rows: Tensor = x.unflatten(-1, (k, -1))
+        return rows.transpose(-1, -2).flatten(-2)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
@@ -38,7 +39,7 @@ class EagerOps:
         return torch.cat(list(xs), -1)
 
     def split(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-        return x.split(list(sizes), -1)
+        return torch.split(x, list(sizes), -1)
 
     def pad(self, x: Tensor, width: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - x.shape[-1]))

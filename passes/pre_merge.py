@@ -1,7 +1,9 @@
 """`pre-merge`: which factors to multiply ahead of time, decided by measurement on the target at the asked token counts.
 
-Chains of linears with nothing between them (an imported W = U V) are one product: each contiguous grouping of the factors is a candidate, and the
-fastest wins. A site that an earlier pass factored and whose dense form is faster everywhere gets its ORIGINAL weight back: a fit is never merged into a
+Chains of linears with nothing between them (an imported W = U V) are one product: each contiguous grouping of the factors is a candidate,
+and the
+fastest wins. A site that an earlier pass factored and whose dense form is faster everywhere gets its ORIGINAL weight back: a fit is never
+merged into a
 dense-sized matrix.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import ClassVar
 
 import torch
@@ -50,8 +52,12 @@ class PreMerge(AbstractPass):
         table = context.seconds([dense, decision.operator.to(torch.float32)])
         if context.objective == "ms" and not decision.exact and all(form >= original for original, form in table):
             graph.restore(decision.site)
-            figures = "; ".join(f"{1e3 * f:.3f} ms against {1e3 * d:.3f} ms dense at {t}" for t, (d, f) in zip(context.tokens, table, strict=True))
-            return decision.kept(f"{decision.structure} is slower than dense at every asked token count ({figures}): the original weight went back")
+            figures = "; ".join(
+                f"{1e3 * f:.3f} ms against {1e3 * d:.3f} ms dense at {t}" for t, (d, f) in zip(context.tokens, table, strict=True)
+            )
+            return decision.kept(
+                f"{decision.structure} is slower than dense at every asked token count ({figures}): the original weight went back"
+            )
         speed = ", ".join(f"{d / f:.1f}x dense at {t} tokens" for t, (d, f) in zip(context.tokens, table, strict=True))
         return replace(decision, reason=f"{decision.reason}; {speed}")
 
@@ -63,7 +69,9 @@ class PreMerge(AbstractPass):
         totals = [sum(column) for column in zip(*table, strict=True)]
         best = min(range(len(forms)), key=totals.__getitem__)
         names = " . ".join(s.name for s in chain)
-        figures = f"{1e3 * totals[best]:.3f} ms against {1e3 * totals[0]:.3f} ms as it stands, at {', '.join(map(str, context.tokens))} tokens"
+        figures = (
+            f"{1e3 * totals[best]:.3f} ms against {1e3 * totals[0]:.3f} ms as it stands, at {', '.join(map(str, context.tokens))} tokens"
+        )
         if best == 0:
             yield from (_kept(s, f"chain {names}: no merged form is faster") for s in chain)
             return
@@ -98,7 +106,7 @@ def form(weights: Sequence[Tensor], cuts: tuple[int, ...]) -> AbstractMatrix:
     """The chain with the factors between two cuts multiplied; weights are (m_i, n_i), first applied first."""
     edges = [0, *cuts, len(weights)]
     factors = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         product = weights[start]
         for weight in weights[start + 1 : stop]:
             product = weight @ product

@@ -1,4 +1,5 @@
-"""A structure compiler for trained models: finds dense linears, replaces them by structured equivalents, certifies and measures what that did.
+"""A structure compiler for trained models: finds dense linears, replaces them by structured equivalents, certifies and measures what that
+did.
 
     import rewriter
     result = rewriter.rewrite(module, passes=["auto:params=0.5"], inputs=["ids:int64[batch,seq]"])
@@ -34,7 +35,7 @@ _WHERE = {
     "AbstractPass": "rule",
     "AbstractStructure": "structure",
 }
-__all__ = list(_WHERE)  # noqa: PLE0605 - the table is the list
+__all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewriter import pipeline
+from rewriter.backend import EmitOptions
 from rewriter.errors import RewriteError
 from rewriter.inputs import InputSpec
 from rewriter.options import Options
@@ -21,32 +22,40 @@ Passes = str | Sequence[str | AbstractPass]
 Inputs = Sequence[str | InputSpec | Tensor] | Mapping[str, Tensor] | None
 
 
-def rewrite(model: Any, passes: Passes = "auto,pre-merge", inputs: Inputs = None, target: str | None = None, data: Any = None, **options: Any) -> Result:
+def rewrite(
+    model: Any, passes: Passes = "auto,pre-merge", inputs: Inputs = None, target: str | None = None, data: Any = None, **options: Any
+) -> Result:
     """Rewrite a model: a path, nn.Module, GraphModule, ExportedProgram or onnx_ir.Model.
 
-    passes: as on the command line, or a list of such and of pass objects. inputs: specifications such as "ids:int64[batch,seq]", or example tensors
-    whose first axis then is dynamic; formats that know their inputs need none. data: a path as for --data, a mapping of arrays (axis 0 counts
-    samples), or a list of lines for a folder with a tokenizer. Other options are those of `Options`; with `out` the file is written there, else
+    passes: as on the command line, or a list of such and of pass objects. inputs: specifications such as "ids:int64[batch,seq]", or
+    example tensors
+    whose first axis then is dynamic; formats that know their inputs need none. data: a path as for --data, a mapping of arrays (axis 0
+    counts
+    samples), or a list of lines for a folder with a tokenizer. Other options are those of `Options`; with `out` the file is written
+    there, else
     `result.save(path)` writes it. Raises RewriteError for bad input; a run that found nothing has `result.exit_code` 1.
     """
     given = _options(model, passes, inputs, target, data, options)
     return pipeline.rewrite(model, given, _data(data), publish_to_out=given.out is not None, passes=_objects(passes))
 
 
-def plan(model: Any, passes: Passes = "auto,pre-merge", inputs: Inputs = None, target: str | None = None, data: Any = None, **options: Any) -> Result:
+def plan(
+    model: Any, passes: Passes = "auto,pre-merge", inputs: Inputs = None, target: str | None = None, data: Any = None, **options: Any
+) -> Result:
     """What `rewrite` would do, without emitting anything; arguments as there."""
     return pipeline.plan(model, _options(model, passes, inputs, target, data, options), _data(data), passes=_objects(passes))
 
 
 def apply(passes: Passes, model: Any, inputs: Inputs = None, data: Any = None, **options: Any) -> Any:
-    """Run passes alone on a GraphModule, Module, ExportedProgram or onnx_ir.Model and give back the same kind, rewritten: no file, no timing.
+    """Run passes alone on a GraphModule, Module, ExportedProgram or onnx_ir.Model and give back the same kind, rewritten: no file, no
+    timing.
 
     An ExportedProgram comes back in plain aten, a module as a GraphModule, an onnx_ir.Model with one function for each structure.
     """
     result = plan(model, passes, inputs, data=data, **options)
     assert result.graph is not None
     if result.graph.format == "onnx":
-        return importlib.import_module("rewriter.backends.onnx.emit").finish(result.graph, pipeline.EmitOptions())
+        return importlib.import_module("rewriter.backends.onnx.emit").finish(result.module, EmitOptions().opset)
     torch_target = importlib.import_module("rewriter.backends.fx.target")
     program = torch_target.lower(result.graph)
     return torch_target.as_module(program) if isinstance(model, nn.Module) else program
@@ -64,11 +73,14 @@ def _objects(passes: Passes) -> list[AbstractPass] | None:
 def _options(model: Any, passes: Passes, inputs: Inputs, target: str | None, data: Any, options: dict[str, Any]) -> Options:
     spelled = passes if isinstance(passes, str) else ",".join(p if isinstance(p, str) else p.spelling() for p in passes)
     path = str(data) if isinstance(data, str | Path) else None
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    plain: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    plain = {"quiet": True, **plain, "passes": spelled, "inputs": _specs(model, inputs), "target": target, "data": path}
     try:
-        return Options(**{"quiet": True, **plain, "passes": spelled, "inputs": _specs(model, inputs), "target": target, "data": path})
+        return Options(**plain)
     except TypeError as error:
-        raise RewriteError(f"{str(error).replace('Options.__init__()', 'rewrite()')}; the options are the fields of rewriter.Options") from None
+        raise RewriteError(
+            f"{str(error).replace('Options.__init__()', 'rewrite()')}; the options are the fields of rewriter.Options"
+        ) from None
 
 
 def _data(data: Any) -> Any:

@@ -45,6 +45,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
 class FitCache:
     """Fitted operators on disk, one safetensors file each (no pickle): tensors as they are, the spec and figures as metadata."""
 
@@ -106,7 +110,7 @@ def measured(runtime: str, forms: Sequence[AbstractMatrix], tokens: int, threads
         pass
     seconds = time()
     try:
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(seconds)) and None)
+        write_atomically(path, lambda temporary: write_text(temporary, json.dumps(seconds)))
     except OSError:
         return seconds
     return seconds

@@ -31,7 +31,8 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pass asks of every site: families in the order that ties are broken, whether lossy fits are wanted, and the share of the dense numbers."""
+    """What a pass asks of every site: families in the order that ties are broken, whether lossy fits are wanted, and the share of the
+    dense numbers."""
 
     structures: Sequence[AbstractStructure]
     lossy: bool
@@ -59,6 +60,7 @@ def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision
             yield _keep(site, refusal)
         else:
             open_sites.append(site)
+
     def first_look(site: Site) -> Decision | None:
         found = _discovered(graph, plan, site)
         if found is None and not plan.lossy:
@@ -78,7 +80,8 @@ def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision
 
 
 def in_parallel(work: Callable[[A], B], items: Iterable[A], workers: int | None = None) -> Iterator[tuple[A, B]]:
-    """(item, work(item)) in order, on a thread for each core, each with one thread of torch: sites are independent, and torch lets go of the
+    """(item, work(item)) in order, on a thread for each core, each with one thread of torch: sites are independent, and torch lets go of
+    the
     interpreter while it computes. At most two items a worker are in flight, so a streamed input is never held whole."""
     count = workers or os.cpu_count() or 1
     before = torch.get_num_threads()
@@ -215,7 +218,8 @@ def fit_families(
     """
     seen = replace(moments, second=moments.covariance(), mean=torch.zeros_like(moments.mean)) if shifted else moments
     scale = max((seen.energy(weight) / max(moments.energy(weight), 1e-300)) ** 0.5, 1e-300)
-    fits, refusals = [], []
+    fits: list[Fitted] = []
+    refusals: list[str] = []
     for structure in sorted(structures, key=lambda s: s.iterative):
         rival = min((f.weighted_error / scale for f in fits), default=None)
         if rival is not None and structure.iterative and not structure.promising(weight, seen, limit, rival):
@@ -239,7 +243,9 @@ def best_that_pays(context: Context, site: Site, weight: Tensor, fits: Sequence[
             after = after_cost(site, fit.operator)
             if after.of(context.objective) < before.of(context.objective):
                 return fit, []
-            lost.append(f"{fit.spelling} does not pay: {after.of(context.objective):,} {context.objective} against {before.of(context.objective):,}")
+            lost.append(
+                f"{fit.spelling} does not pay: {after.of(context.objective):,} {context.objective} against {before.of(context.objective):,}"
+            )
         return None, lost
     dense = Dense(weight.float().T.contiguous())
     table = context.seconds([dense, *[f.operator for f in fits]])
@@ -250,4 +256,3 @@ def best_that_pays(context: Context, site: Site, weight: Tensor, fits: Sequence[
         at = ", ".join(map(str, context.tokens))
         lost.append(f"{fit.spelling} does not pay: {1e3 * total:.3f} ms against {1e3 * totals[0]:.3f} ms dense at {at} tokens")
     return None, lost
-

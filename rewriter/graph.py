@@ -1,6 +1,7 @@
 """Graphs and sites: what passes see of a model, whichever format it came in.
 
-A `Graph` wraps an fx or onnx_ir graph behind normalised names, so that detectors and rules are written once. A `Site` is a replaceable place:
+A `Graph` wraps an fx or onnx_ir graph behind normalised names, so that detectors and rules are written once. A `Site` is a replaceable
+place:
 the nodes that multiply by one stored weight, how the features lie there, and what the weight is called.
 """
 
@@ -101,7 +102,8 @@ class Graph(Protocol):
     def outputs(self, node: Node) -> Sequence[Value]: ...
 
     def attributes(self, node: Node) -> Mapping[str, Any]:
-        """Normalised: einsum equation; gemm alpha beta trans_a trans_b; addmm alpha beta; conv strides pads dilations groups; transpose axes."""
+        """Normalised: einsum equation; gemm alpha beta trans_a trans_b; addmm alpha beta; conv strides pads dilations groups; transpose
+        axes."""
         ...
 
     def producer(self, value: Value) -> Node | None: ...
@@ -109,7 +111,7 @@ class Graph(Protocol):
     def users(self, value: Value) -> Sequence[Node]: ...
 
     def body(self, node: Node) -> str:
-        """"" for the main body, else the name of the nested body that holds the node."""
+        """ "" for the main body, else the name of the nested body that holds the node."""
         ...
 
     def shape(self, value: Value) -> tuple[int | str, ...] | None:
@@ -145,11 +147,12 @@ class Graph(Protocol):
         ...
 
     def can_splice(self, place: Place) -> str:
-        """"" when `splice` can work there, else the reason."""
+        """ "" when `splice` can work there, else the reason."""
         ...
 
     def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
-        """At each place ONE opaque node that holds the operator, layout changes around it, then bias * bias_scale + shift. The factors become
+        """At each place ONE opaque node that holds the operator, layout changes around it, then bias * bias_scale + shift. The factors
+        become
         stored parameters named `<site name>.<field>`. The old nodes stay, unused, until `prune`."""
         ...
 

@@ -27,7 +27,14 @@ def token_sizes(specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens:
 
 
 def latencies(
-    target: Target, dense: Path, rewritten: Path, graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: Sequence[int], threads: int
+    target: Target,
+    dense: Path,
+    rewritten: Path,
+    graph: Graph,
+    specs: Sequence[InputSpec],
+    explicit: Mapping[str, int],
+    tokens: Sequence[int],
+    threads: int,
 ) -> list[Latency]:
     """One row for each token count; what could not be had is None, with a note."""
     before, after = target.open(dense, threads), target.open(rewritten, threads)

@@ -1,6 +1,7 @@
 """What calibration keeps of a site's input x: count, mean E[x] and second moment E[x x^T], streamed in float64.
 
-The weighted error of a replacement W' of W is sqrt(tr(E H E^T) / tr(W H0 W^T)), E = W - W': the expected error of the site's product relative
+The weighted error of a replacement W' of W is sqrt(tr(E H E^T) / tr(W H0 W^T)), E = W - W': the expected error of the site's product
+relative
 to the product itself. Where a bias can take the mean error up, H is the covariance (`centered`), and the shift E mean goes to the bias.
 """
 
@@ -66,7 +67,8 @@ def layer_norm(gamma: Tensor, beta: Tensor | None, rms: bool, law: str = "upstre
 class Accumulator:
     """Streams rows of x into count, mean and covariance; chunked so that no second copy of a large batch exists.
 
-    Rows are taken relative to the first chunk's mean (the shifted-data form of the variance), so that a large mean costs the covariance no digits.
+    Rows are taken relative to the first chunk's mean (the shifted-data form of the variance), so that a large mean costs the covariance
+    no digits.
     """
 
     def __init__(self, features: int, chunk: int = 8192) -> None:

@@ -79,7 +79,9 @@ class Options:
         except ValueError:
             share = 0.0
         if unit != "params" or not 0 < share <= 1:
-            raise RewriteError(f"--budget {self.budget} cannot be read; give a share of the dense numbers above 0 and up to 1, such as params=0.5")
+            raise RewriteError(
+                f"--budget {self.budget} cannot be read; give a share of the dense numbers above 0 and up to 1, such as params=0.5"
+            )
         return share
 
     def to_recipe(self) -> dict[str, Any]:
@@ -93,4 +95,5 @@ class Options:
         unknown = sorted(set(recipe) - names)
         if unknown:
             raise RewriteError(f"the report's recipe has options that this version does not know: {', '.join(unknown)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}
+        return cls(**given)

@@ -137,7 +137,9 @@ def bench(a: str, b: str, options: Options) -> list[Latency]:
     target = _target(options, first, None)
     explicit = parse_dims(options.dims) if options.dims else {}
     with tempfile.TemporaryDirectory() as folder:
-        paths = [_as_file(source, target, Path(folder) / f"{name}{target.suffix}", options) for name, source in (("a", first), ("b", second))]
+        paths = [
+            _as_file(source, target, Path(folder) / f"{name}{target.suffix}", options) for name, source in (("a", first), ("b", second))
+        ]
         return latencies(target, paths[0], paths[1], first.graph, first.specs, explicit, options.token_counts, options.threads)
 
 
@@ -159,7 +161,9 @@ def _same_interface(a: Graph, b: Graph) -> None:
         ("outputs", a.output_names(), b.output_names()),
     ):
         if first != second:
-            raise RewriteError(f"the models' {what} differ: {', '.join(first)} against {', '.join(second)}; compare models of one interface")
+            raise RewriteError(
+                f"the models' {what} differ: {', '.join(first)} against {', '.join(second)}; compare models of one interface"
+            )
 
 
 def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractPass] | None) -> Job:
@@ -182,7 +186,12 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
 
 
 def _context(
-    options: Options, passes: Sequence[AbstractPass], target: Target, calibration: Calibration, selected: Sequence[Site], decisions: dict[str, Decision]
+    options: Options,
+    passes: Sequence[AbstractPass],
+    target: Target,
+    calibration: Calibration,
+    selected: Sequence[Site],
+    decisions: dict[str, Decision],
 ) -> Context:
     shares = [share for step in passes if (share := getattr(step, "params", None))]
     return Context(
@@ -289,7 +298,9 @@ def _metric(options: Options) -> tuple[str, Metric] | None:
     try:
         found: Callable[..., float] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RewriteError(f"--metric {options.metric} cannot be imported: {error}; give MODULE:FUNCTION(dense, rewritten, feeds) -> float") from error
+        raise RewriteError(
+            f"--metric {options.metric} cannot be imported: {error}; give MODULE:FUNCTION(dense, rewritten, feeds) -> float"
+        ) from error
     return options.metric, found
 
 
@@ -341,7 +352,9 @@ def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
         dtypes = [d.site.dtype for d in job.decisions.values() if d.site.dtype in EQUAL]
         tolerance = max((EQUAL[d][0] for d in dtypes if d is not None), default=1e-4)
         if not error.estimate <= 10 * tolerance:
-            raise RewriteError(f"an exact rewrite moved the output by {error.estimate:.3g} (allowed {10 * tolerance:.1g}); please report this; nothing was written")
+            raise RewriteError(
+                f"an exact rewrite moved the output by {error.estimate:.3g} (allowed {10 * tolerance:.1g}); nothing was written, please report it"
+            )
     return None
 
 

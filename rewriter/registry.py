@@ -105,7 +105,7 @@ def _construct(kind: Any, name: str, options: list[str]) -> Any:
 
 
 def _value(name: str, key: str, text: str, kind: str) -> Any:
-    convert = int if "int" in kind else float if "float" in kind else str
+    convert: Any = int if "int" in kind else float if "float" in kind else str
     if "bool" in kind:
         return text.lower() in ("1", "true", "yes")
     try:

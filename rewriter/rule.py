@@ -1,6 +1,7 @@
 """Passes and decisions. A pass looks at sites and decides; every site gets a decision, with its reason.
 
-A pass is a frozen dataclass: requires -> run -> ensures; its fields are its options on the command line. It rewrites by `graph.splice`, and what
+A pass is a frozen dataclass: requires -> run -> ensures; its fields are its options on the command line. It rewrites by `graph.splice`,
+and what
 it did can be taken back by `graph.restore`, so a later bound can give a site up again.
 """
 
@@ -79,7 +80,8 @@ class Context:
 
 @dataclass(frozen=True)
 class AbstractPass(abc.ABC):
-    """A rewrite of a graph. Laws: every selected site gets exactly one decision; a kept site's nodes are as they were; same seed, same result."""
+    """A rewrite of a graph. Laws: every selected site gets exactly one decision; a kept site's nodes are as they were; same seed, same
+    result."""
 
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for `rewrite passes`

@@ -24,7 +24,19 @@ BATCH = 16
 HOLD_OUT = 8  # every eighth
 LEAST_TO_SPLIT = 32
 LENGTH = 128  # of a sequence that is invented
-_THROUGH = {"cast", "identity", "reshape", "expand", "slice", "unsqueeze", "squeeze", "transpose", "add", "aten.clamp", "aten.lift_fresh_copy"}
+_THROUGH = {
+    "cast",
+    "identity",
+    "reshape",
+    "expand",
+    "slice",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+    "add",
+    "aten.clamp",
+    "aten.lift_fresh_copy",
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,9 @@ def _bytes(tensor: Tensor) -> str:
 
 def _from_lines(source: Any, lines: list[str], law: str) -> Split:
     if source.encode is None:
-        raise RewriteError("--data is text, and this model has no tokenizer; give a Hugging Face folder, or --data FILE.npz with the inputs")
+        raise RewriteError(
+            "--data is text, and this model has no tokenizer; give a Hugging Face folder, or --data FILE.npz with the inputs"
+        )
     if not lines:
         raise RewriteError("--data holds no text; give one sentence a line")
     chosen = lines[HOLD_OUT - 1 :: HOLD_OUT]

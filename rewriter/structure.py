@@ -42,7 +42,8 @@ class Fitted:
 class AbstractStructure(abc.ABC):
     """A family of matrices. Final subclasses are frozen dataclasses whose fields are options, None meaning "choose".
 
-    Laws: fit(...).operator.shape == weight.shape; its params <= cost_limit; fitting a member of the family at its own settings returns it with
+    Laws: fit(...).operator.shape == weight.shape; its params <= cost_limit; fitting a member of the family at its own settings returns it
+    with
     an error at rounding level; a larger cost_limit never gives a larger weighted error (up to the settings' granularity); discover(weight)
     is None-or-exact: a returned operator equals the weight to rounding level and stores fewer numbers.
     """
@@ -60,7 +61,8 @@ class AbstractStructure(abc.ABC):
     def fit(self, weight: Tensor, moments: Moments, cost_limit: int, rng: torch.Generator) -> Fitted | NoMatch:
         """The member with the least weighted error that stores at most `cost_limit` numbers.
 
-        weight is (m, n) float32, y = W x; moments describe x (n wide). Options that are set are kept; if they then exceed cost_limit: NoMatch with
+        weight is (m, n) float32, y = W x; moments describe x (n wide). Options that are set are kept; if they then exceed cost_limit:
+        NoMatch with
         both numbers. Deterministic given rng.
         """
 

@@ -1,7 +1,9 @@
 """The certificate: how far the rewritten model's outputs are from the dense ones, on which inputs, with an interval.
 
-Samples are dealt into R replications; each gives e_r = |y' - y| / |y| over its samples (L2), and the report says mean(e) +- t_{(1+c)/2, R-1} sd(e)/sqrt(R)
-(Student-t over replications; Hickernell, Jiang, Liu, Owen 2014 for replicated (quasi) Monte Carlo). It holds for its input law and no other.
+Samples are dealt into R replications; each gives e_r = |y' - y| / |y| over its samples (L2), and the report says mean(e) +- t_{(1+c)/2,
+R-1} sd(e)/sqrt(R)
+(Student-t over replications; Hickernell, Jiang, Liu, Owen 2014 for replicated (quasi) Monte Carlo). It holds for its input law and no
+other.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class _Tally:
                 self.cosines.append(float(torch.nn.functional.cosine_similarity(a, b, -1).mean()))
 
 
-def certify(reference: Run, rewritten: Run, samples: Samples, bound: float | None = None, metric: tuple[str, Metric] | None = None) -> OutputError:
+def certify(
+    reference: Run, rewritten: Run, samples: Samples, bound: float | None = None, metric: tuple[str, Metric] | None = None
+) -> OutputError:
     """The certificate of the worst float output; RewriteError where shapes differ or nothing can be compared."""
     tallies: dict[str, _Tally] = {}
     scores: list[float] = []
@@ -51,7 +55,9 @@ def certify(reference: Run, rewritten: Run, samples: Samples, bound: float | Non
         mask, dense, other = padding_mask(batch), reference(batch), rewritten(batch)
         for name, value in dense.items():
             if other[name].shape != value.shape:
-                raise RewriteError(f"output '{name}' changed its shape: {list(value.shape)} became {list(other[name].shape)}; the rewrite is wrong")
+                raise RewriteError(
+                    f"output '{name}' changed its shape: {list(value.shape)} became {list(other[name].shape)}; the rewrite is wrong"
+                )
             if value.is_floating_point():
                 tallies.setdefault(name, _Tally()).add(value, other[name], mask if value.dim() >= 3 else None)
         if metric is not None:
@@ -100,12 +106,11 @@ def ratio(lost: float, norm: float) -> float:
 
 def student_t(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Mean and half width of the t interval; one value has no interval (half width inf), unless all is exact."""
-    from scipy.stats import t
+    from scipy import special
 
     n = len(values)
     mean = sum(values) / n
     if n == 1:
         return mean, 0.0 if mean == 0 else math.inf
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, float(t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n)
-
+    return mean, float(special.stdtrit(n - 1, (1 + confidence) / 2)) * spread / math.sqrt(n)

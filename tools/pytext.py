@@ -1,7 +1,7 @@
 """English sentences from the text that every Python ships: the docstrings of its standard library and the topics of its help().
 
-    python tools/pytext.py calibration.txt --count 2048            # from seven files in eight
-    python tools/pytext.py judge.txt --count 600 --held-out        # from the eighth ones, no file in common
+python tools/pytext.py calibration.txt --count 2048            # from seven files in eight
+python tools/pytext.py judge.txt --count 600 --held-out        # from the eighth ones, no file in common
 """
 
 from __future__ import annotations

@@ -118,11 +118,11 @@ def _tie_dimensions(specs: Sequence[InputSpec], feeds: Mapping[str, Tensor]) -> 
     for spec in specs:
         for size, dim in zip(feeds[spec.name].shape, spec.dims, strict=True):
             if isinstance(dim, str) and "+" not in dim:
-                torch._check(size == sizes.setdefault(dim, size))  # type: ignore[no-untyped-call]
+                torch._check(size == sizes.setdefault(dim, size))
     for spec in specs:
         for size, dim in zip(feeds[spec.name].shape, spec.dims, strict=True):
             if isinstance(dim, str) and "+" in dim:
-                torch._check(size == sum(sizes[word] for word in dim.split("+")))  # type: ignore[no-untyped-call]
+                torch._check(size == sum(sizes[word] for word in dim.split("+")))
 
 
 def _model_kwargs(plain: Any, feeds: Mapping[str, Tensor]) -> dict[str, Any]:

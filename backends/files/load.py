@@ -77,7 +77,9 @@ def _state(state: dict[str, Tensor], kind: str, path: Path, options: Options) ->
     from rewriter.backends.files.arch import build
 
     if options.arch is None:
-        raise RewriteError(f"{path} holds weights without a model ({len(state)} tensors); give --arch MODULE:FACTORY, a function that builds the module")
+        raise RewriteError(
+            f"{path} holds weights without a model ({len(state)} tensors); give --arch MODULE:FACTORY, a function that builds the module"
+        )
     return _module(build(options.arch, state), kind, path, options)
 
 
@@ -86,7 +88,9 @@ def _module(module: torch.nn.Module, kind: str, path: Path | None, options: Opti
 
     specs = [parse_input(text) for text in options.inputs]
     if not specs:
-        raise RewriteError("a module does not say what it takes; give each input as --input NAME:DTYPE[DIM,...], for example --input ids:int64[batch,seq]")
+        raise RewriteError(
+            "a module does not say what it takes; give each input as --input NAME:DTYPE[DIM,...], for example --input ids:int64[batch,seq]"
+        )
     given = parse_dims(options.dims) if options.dims else {}
     sizes = fill_sizes(specs, given)
     program = export_module(module, specs, given)
@@ -144,9 +148,7 @@ def _adapter(text: str) -> tuple[str, float]:
         raise RewriteError(f"--adapter {text} cannot be read; give DIR or DIR=SCALE with a number") from None
 
 
-def _source(
-    graph: Graph, kind: str, path: Path | None, specs: Sequence[InputSpec], sizes: Mapping[str, int], encode: Any = None
-) -> Source:
+def _source(graph: Graph, kind: str, path: Path | None, specs: Sequence[InputSpec], sizes: Mapping[str, int], encode: Any = None) -> Source:
     return Source(graph, kind, str(path) if path else None, file_hash(path) if path else None, specs, sizes, encode)
 
 

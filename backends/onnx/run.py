@@ -73,7 +73,8 @@ def loadable(model: ir.Model) -> Iterator[str | bytes]:
     """The model as ONNX Runtime takes it: bytes, or a file where it is too large for them."""
     nbytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if nbytes <= MAX_PROTO:
-        yield ir.to_proto(model).SerializeToString()
+        whole = ir.external_data.load_to_model(model.clone())  # bytes have no folder in which external data could lie
+        yield ir.to_proto(whole).SerializeToString()
         return
     with tempfile.TemporaryDirectory(prefix="rewriter-") as folder:
         path = Path(folder) / "model.onnx"

@@ -31,7 +31,7 @@ def cholesky(gram: Tensor, ridge: float) -> Tensor:
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + ridge * scale * eye)
         if not bool(failed.any()):
-            return factor
+            return torch.as_tensor(factor)
         ridge *= 10
 
 
