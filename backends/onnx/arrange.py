@@ -83,7 +83,7 @@ def settled(tape: Tape, x: Arranged) -> Arranged:
 
 
 def arrange(tape: Tape, x: Arranged, groups: tuple[Group, ...]) -> Arranged:
-    """The same value with these dimensions; () is a dimension of size 1."""
+    """The same value with these dimensions."""
     have, want = _flat(x.groups), _flat(groups)
     value, lying = x.value, x.groups
     if have != want:

@@ -73,7 +73,7 @@ class OnnxGraph:
         return names.operation(node)
 
     def inputs(self, node: ir.Node) -> Sequence[ir.Value | None]:
-        return node.inputs
+        return names.operands(node)
 
     def outputs(self, node: ir.Node) -> Sequence[ir.Value]:
         return node.outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -60,6 +60,7 @@ MICROSOFT: dict[str, str] = {
     "LinearAttention": "linear_attention",
     "SimplifiedLayerNormalization": "rms_norm",
 }
+_SKIPPED = {"SkipLayerNormalization": "layer_norm", "SkipSimplifiedLayerNormalization": "rms_norm"}  # norms of (x + skip)
 _TABLES = {"": STANDARD, "ai.onnx": STANDARD, "com.microsoft": MICROSOFT}
 
 
@@ -69,8 +70,17 @@ def operation(node: ir.Node) -> str:
         return "output"
     if is_opaque(node):
         return "structured"
+    if node.domain == "com.microsoft" and node.op_type in _SKIPPED and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        return _SKIPPED[node.op_type]
     own = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     return _TABLES.get(node.domain, {}).get(node.op_type, own)
+
+
+def operands(node: ir.Node) -> Sequence[ir.Value | None]:
+    """The inputs in the normalised order, which is ONNX's own but for a norm that takes a second summand."""
+    if node.op_type in _SKIPPED and operation(node) in _SKIPPED.values():
+        return (node.inputs[0], *node.inputs[2:4])
+    return node.inputs
 
 
 def attributes(node: ir.Node) -> Mapping[str, Any]:

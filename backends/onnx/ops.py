@@ -17,7 +17,9 @@ from torch import Tensor
 from rewriter.backends.onnx.arrange import Arranged, Axis, arrange, plain, settled, split
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload, skeleton
 
-LOWERINGS = ("split", "batched", "conv")  # of block_matmul; the first is what is emitted where nothing was measured
+# Of block_matmul; the first is what is emitted where nothing was measured. A grouped 1x1 convolution wins only on single rows, and ONNX
+# Runtime refuses it an empty one, which a product takes.
+LOWERINGS = ("split", "batched")
 MANY_BLOCKS = 64  # beyond which "split" would be a node for each block
 
 
@@ -61,8 +63,6 @@ class OnnxOps:
             return self._one_row(x, w)
         if self.lowering == "split" and k <= MANY_BLOCKS:
             return self._split(x, w)
-        if self.lowering == "conv" and len(self.leading) <= 2:
-            return self._conv(x, w)
         return self._batched(x, w)
 
     def _one_row(self, x: Arranged, w: Weight) -> Arranged:
@@ -89,19 +89,6 @@ class OnnxOps:
         made = Axis(p)
         product = self.tape.op("MatMul", [rows.value, w.value])
         return Arranged(product, (*before, blocks, (last,), (made,)), self.leading, (*blocks, made))
-
-    def _conv(self, x: Arranged, w: Weight) -> Arranged:
-        """A grouped 1x1 convolution over features that lie before the last leading axis; the weight's turn folds away."""
-        k, q, p = w.shape
-        x, blocks, within = split(self.tape, x, k)
-        *outer, last = self.leading
-        batch = tuple(outer)  # () is a batch of one
-        channels = arrange(self.tape, x, (batch, (*blocks, *within), (last,)))
-        turned = self.tape.op("Transpose", [w.value], {"perm": [0, 2, 1]})
-        kernel = self.tape.op("Reshape", [turned, self._ints(k * p, q, 1)])
-        made = Axis(p)
-        product = self.tape.op("Conv", [channels.value, kernel], {"group": k, "kernel_shape": [1]})
-        return Arranged(product, (batch, (*blocks, made), (last,)), self.leading, (*blocks, made))
 
     def shuffle(self, x: Arranged, k: int) -> Arranged:
         x, first, second = split(self.tape, x, k)

@@ -19,7 +19,7 @@ from rewriter.backends.onnx.tensors import array_to_torch
 from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 
-MAX_PROTO = 1_500_000_000  # bytes of weights that go through memory; more goes through a file
+MAX_PROTO = 512 << 20  # bytes of weights that go through memory; more goes through a file that ONNX Runtime maps
 TAPPED_BYTES = 256 << 20  # of tapped values that are held at once
 _FLOATS = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16}
 

@@ -336,3 +336,11 @@ def test_shapes_behind_contrib_operators_are_known(tmp_path: Path, monkeypatch: 
     (node,) = [n for n in unknown.nodes() if unknown.op(n) == "matmul"]
     assert "rank" in unknown.can_splice(Place((node,), node.inputs[0], node.outputs[0]))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_with_a_second_summand_is_a_norm() -> None:
+    text = "g (float[B,S,6] x, float[B,S,6] r) => (float[B,S,6] y) { y = com.microsoft.SkipLayerNormalization(x, r, gamma, beta) }"
+    g = graph(text, {"gamma": (6,), "beta": (6,)})
+    (node,) = g.nodes()
+    assert g.op(node) == "layer_norm"
+    assert [g.name(v) for v in g.inputs(node)] == ["x", "gamma", "beta"]

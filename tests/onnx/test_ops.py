@@ -11,13 +11,14 @@ from rewriter.backends.onnx.emit import attach, check
 from rewriter.backends.onnx.measure import stacked
 from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.run import Session
+from rewriter.backends.onnx.tensors import onnx_dtype
 from rewriter.operator import AbstractMatrix, AbstractOperator
 from rewriter.registry import load_structures
 from tests.onnx.models import close
 
 load_structures()
 MATRICES = sorted(name for name, kind in AbstractOperator.kinds.items() if issubclass(kind, AbstractMatrix))
-LEADING = {1: [()], 2: [(1,), (5,)], 3: [(1, 4), (2, 3)], 4: [(2, 1, 3)]}
+LEADING = {2: [(1,), (5,), (0,)], 3: [(1, 4), (2, 3), (2, 0)], 4: [(2, 1, 3)]}
 
 
 def random(name: str) -> AbstractMatrix:
@@ -58,13 +59,14 @@ def test_bodies_take_a_single_row(name: str, lowering: str) -> None:
     close(session({"x": x})["y0"], operator.product(EagerOps(), x[None])[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("name", MATRICES)
-def test_bodies_are_the_same_in_every_dtype(name: str) -> None:
-    operator = random(name).to(torch.float64)
+def test_bodies_are_the_same_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    operator = random(name).to(dtype)
     model = built(operator, 3, 20, LOWERINGS[0])
     for value in [*model.graph.inputs, *model.graph.outputs]:
-        value.dtype = ir.DataType.DOUBLE
+        value.type = ir.TensorType(onnx_dtype(dtype))
     check(model)
-    x = torch.randn(2, 3, operator.shape[1], dtype=torch.float64)
+    x = torch.randn(2, 3, operator.shape[1]).to(dtype)
     y = Session(ir.to_proto(model).SerializeToString(), 1)({"x": x})["y0"]
     close(y, operator.product(EagerOps(), x))
