@@ -1,14 +1,16 @@
 """Constants of an exported program: parameters and everything computed from them alone, across nested bodies.
 
-A value is constant when it is a parameter, a buffer or a lifted tensor, or a pure operation whose tensor operands are all constant: so `x @ w.T`,
-packed weights cut by `chunk`, weight norms and dequantised weights all look like the stored weight that they come from.
+A value is constant when it is a parameter, a buffer or a lifted tensor, or a pure operation whose tensor operands are all constant: so
+`x @ w.T`, packed weights cut by `chunk`, weight norms and dequantised weights all look like the stored weight that they come from. One walk
+answers every question (which values are constant, from which parameter, used where) and reads no weight; an edit drops what it found.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-BRANCHES = {"cond"}  # every body gets the operands as they are, so a body's placeholder is the call's operand
+_CALLS = {  # their operands follow the body
+    "invoke_subgraph", "tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "wrap_with_set_grad_enabled", "wrap_with_autocast",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,32 @@ def bodies(program: ExportedProgram) -> list[Body]:
 
 def operands(call: Node) -> list[Any]:
     """What the placeholders of a call's bodies are bound to, None where the binding changes from step to step."""
-    name = str(call.target)
+    name, args = str(call.target), list(call.args)
     if name == "cond":
-        return list(call.args[3])  # type: ignore[arg-type]
+        return list(args[3])  # type: ignore[arg-type]
     if name == "while_loop":
-        return [None] * len(call.args[2]) + list(call.args[3])  # type: ignore[arg-type]
+        return [None] * len(args[2]) + list(args[3])  # type: ignore[arg-type]
     if name == "scan":
-        first = next(iter(call.args))
-        assert isinstance(first, Node)
-        return [None] * (len(call.args[1]) + len(call.args[2])) + list(call.args[3])  # type: ignore[arg-type]
+        return [None] * (len(args[1]) + len(args[2])) + list(args[3])  # type: ignore[arg-type]
+    if name == "map_impl":
+        return [None] * len(args[1]) + list(args[2])  # type: ignore[arg-type]
+    if name == "associative_scan":
+        return [None] * (2 * len(args[1])) + list(args[2] if len(args) > 2 else ())  # type: ignore[arg-type]
+    if name in _CALLS:
+        body = next(i for i, a in enumerate(args) if isinstance(a, Node) and a.op == "get_attr")
+        return [a for a in args[body + 1 :] if not isinstance(a, str)]
     return []
+
+
+@dataclass
+class _Index:
+    """What one walk finds."""
+
+    seen: set[Node] = field(default_factory=set)
+    stored: dict[Node, str] = field(default_factory=dict)  # placeholder of the main body -> the parameter's name
+    outer: dict[Node, Node] = field(default_factory=dict)  # nested placeholder -> the caller's operand
+    roots: dict[Node, Node] = field(default_factory=dict)  # constant value -> the stored placeholder behind it; its keys are all constants
+    users: dict[object, list[tuple[Node, Node]]] = field(default_factory=dict)  # memory -> (user, operand)
 
 
 class Constants:
@@ -63,89 +83,126 @@ class Constants:
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
-        self.stored: dict[Node, str] = {}  # placeholder or get_attr -> the parameter's name
-        self.outer: dict[Node, Node] = {}  # nested placeholder -> the caller's operand
-        self.known: dict[Node, bool] = {}
-        self.index()
+        self._found = _Index()
+        self._stale = True
 
-    def index(self) -> None:
-        """Read the program's placeholders again, after an edit."""
-        self.known.clear()
-        names = {s.arg.name: s.target for s in self.program.graph_signature.input_specs if s.kind in STORED and s.target}
-        for body in bodies(self.program):
-            placeholders = [n for n in body.module.graph.nodes if n.op == "placeholder"]
-            if body.call is None:
-                self.stored.update({n: names[n.name] for n in placeholders if n.name in names})
-                continue
-            bound = operands(body.call)
-            self.outer.update({p: o for p, o in zip(placeholders, bound, strict=False) if isinstance(o, Node)})
+    def forget(self) -> None:
+        """The graph changed: look again at the next question that the change could touch."""
+        self._stale = True
+
+    @property
+    def _index(self) -> _Index:
+        if self._stale:
+            self._found, self._stale = self._walk(), False
+        return self._found
+
+    def _index_of(self, value: Node) -> _Index:
+        """An edit adds and drops nodes; what a node that stays is computed from does not change."""
+        return self._found if value in self._found.seen else self._index
+
+    @property
+    def stored(self) -> dict[Node, str]:
+        """The parameter that each placeholder of the main body holds."""
+        return self._index.stored
 
     def is_const(self, value: Node) -> bool:
-        if value not in self.known:
-            self.known[value] = self._is_const(value)
-        return self.known[value]
+        return value in self._index_of(value).roots
 
-    def _is_const(self, node: Node) -> bool:
-        if node in self.stored:
-            return True
-        if node in self.outer:
-            return self.is_const(self.outer[node])
-        if node.op != "call_function" or not node.all_input_nodes or not _pure(node):
-            return False
-        return all(self.is_const(n) for n in node.all_input_nodes)
+    def root(self, value: Node) -> str:
+        """The stored parameter behind a constant value; the largest where several go in."""
+        index = self._index_of(value)
+        return index.stored[index.roots[value]]
+
+    def users(self, name: str) -> Sequence[tuple[Node, Node]]:
+        """(node, operand) wherever the parameter is used under any tied name, seen through constant operations and nested bodies."""
+        return self._index.users.get(self._memory(name), [])
 
     def load(self, value: Node) -> Tensor:
-        """The tensor of a constant value."""
-        if value in self.stored:
-            return self._stored(self.stored[value])
-        if value in self.outer:
-            return self.load(self.outer[value])
-        args, kwargs = torch.fx.node.map_arg((value.args, value.kwargs), self.load)
-        with torch.no_grad():
-            result: Tensor = value.target(*args, **kwargs)  # type: ignore[operator]
-        return result
+        """The tensor of a constant value: what it is computed from first, each once."""
+        index, known, waiting = self._index_of(value), dict[Node, Tensor](), [value]
+        while waiting:
+            node = waiting[-1]
+            if node in known:
+                waiting.pop()
+                continue
+            if node in index.stored:
+                known[node] = self._stored(index.stored[node])
+                continue
+            needed = [index.outer[node]] if node in index.outer else node.all_input_nodes
+            missing = [n for n in needed if n not in known]
+            if missing:
+                waiting += missing
+            else:
+                known[node] = known[needed[0]] if node in index.outer else _evaluate(node, known)
+        return known[value]
 
     def _stored(self, name: str) -> Tensor:
         state = self.program.state_dict
-        tensor = state[name] if name in state else self.program.constants[name]
-        return tensor.detach()  # type: ignore[union-attr]
+        tensor: Tensor = state[name] if name in state else self.program.constants[name]
+        return tensor.detach()
 
-    def root(self, value: Node) -> str:
-        """The stored parameter behind a constant value; the first one where several go in."""
-        while value not in self.stored:
-            value = self.outer[value] if value in self.outer else value.all_input_nodes[0]
-        return self.stored[value]
+    def _memory(self, name: str) -> object:
+        """Where a parameter begins: tied names begin at one address, also as views of another shape."""
+        return self._stored(name).data_ptr() or name
 
-    def tied(self, name: str) -> set[str]:
-        """Every stored name that shares memory with this one."""
-        key = _memory(self._stored(name))
-        return {other for other in self.stored.values() if _memory(self._stored(other)) == key}
+    def _walk(self) -> _Index:
+        index = _Index()
+        signature = self.program.graph_signature
+        names = {s.arg.name: s.target for s in signature.input_specs if s.kind in STORED and s.target}
+        mutated = set(signature.buffers_to_mutate.values())
+        origins: dict[Node, frozenset[Node]] = {}  # constant value -> every stored placeholder that goes into it
+        for body in bodies(self.program):
+            placeholders = [n for n in body.module.graph.nodes if n.op == "placeholder"]
+            if body.call is None:
+                index.stored = {n: names[n.name] for n in placeholders if n.name in names}
+                origins.update({n: frozenset([n]) for n, name in index.stored.items() if name not in mutated})
+            else:
+                bound = zip(placeholders, operands(body.call), strict=False)
+                index.outer.update({p: o for p, o in bound if isinstance(o, Node)})
+                origins.update({p: origins[index.outer[p]] for p in placeholders if index.outer.get(p) in origins})
+            for node in body.module.graph.nodes:
+                index.seen.add(node)
+                inputs = node.all_input_nodes
+                if inputs and node.op == "call_function" and _pure(node) and all(n in origins for n in inputs):
+                    origins[node] = frozenset().union(*(origins[n] for n in inputs))
+        sizes = {n: _numel(n) for n in index.stored}
+        order = {n: i for i, n in enumerate(index.stored)}
+        index.roots = {v: max(behind, key=lambda n: (sizes[n], -order[n])) for v, behind in origins.items()}
+        self._note_users(index, origins)
+        return index
 
-    def users(self, name: str) -> Iterator[tuple[Node, Node]]:
-        """(node, operand) wherever the parameter is used under any tied name, seen through constant operations and nested bodies."""
-        names = self.tied(name)
-        front = [n for n, stored in self.stored.items() if stored in names]
-        inner: dict[Node, list[Node]] = {}
-        for placeholder, outer in self.outer.items():
-            inner.setdefault(outer, []).append(placeholder)
-        while front:
-            value = front.pop()
-            front.extend(inner.get(value, []))
+    def _note_users(self, index: _Index, origins: dict[Node, frozenset[Node]]) -> None:
+        memory = {n: self._memory(name) for n, name in index.stored.items()}
+        for value, behind in origins.items():
             for user in value.users:
-                if self.is_const(user):
-                    front.append(user)
-                elif not isinstance(user.target, torch._ops.HigherOrderOperator):
-                    yield user, value
+                if user in origins or (isinstance(user.target, torch._ops.HigherOrderOperator) and value in operands(user)):
+                    continue
+                for key in {memory[n] for n in behind}:
+                    index.users.setdefault(key, []).append((user, value))
 
 
-def _memory(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape)
+def _evaluate(node: Node, known: dict[Node, Tensor]) -> Tensor:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+    with torch.no_grad():
+        result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result
+
+
+def _numel(node: Node) -> int:
+    fake = node.meta.get("val")
+    return fake.numel() if isinstance(fake, Tensor) else 0
 
 
 def _pure(node: Node) -> bool:
+    """Gives the same result from the same operands. (Constants have constant sizes: a symbolic one would be an operand that varies.)"""
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims", "quantized_decomposed"):
-        return False
-    symbolic = any(isinstance(a, torch.SymInt) for a in node.args)
-    return not (node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags or symbolic)
+    if node.target in (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default):
+        return node.args[2] is False
+    return isinstance(node.target, torch._ops.OpOverload) and _pure_target(node.target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pure_target(target: torch._ops.OpOverload) -> bool:
+    known = target.namespace in ("aten", "prims", "quantized_decomposed")
+    return known and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags

@@ -1,7 +1,7 @@
 """structured::site(x, factors, spec, width): one opaque node per rewritten site, until emission lowers it.
 
-The spec (see rewriter.operator.flatten) names the operator, the factors are its tensors; so the node holds the operator and nothing else has to.
-Importing this module defines the op.
+The spec (see rewriter.operator.flatten) names the operator, the factors are its tensors; so the node holds the operator and nothing else
+has to. Importing this module defines the op.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def add_parameter(program: ExportedProgram, mode: FakeTensorMode, name: str, ten
     """A new parameter (a buffer where it is an index) in front of the program's inputs."""
     graph = program.graph
     with graph.inserting_before(next(iter(graph.nodes))):
-        node = graph.placeholder("p_" + "".join(c if c.isalnum() else "_" for c in name))
+        node: Node = graph.placeholder("p_" + "".join(c if c.isalnum() else "_" for c in name))
     node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
     floating = tensor.is_floating_point()
     kind = InputKind.PARAMETER if floating else InputKind.BUFFER
@@ -49,15 +49,18 @@ def add_parameter(program: ExportedProgram, mode: FakeTensorMode, name: str, ten
     return node
 
 
-def remove_parameter(program: ExportedProgram, node: Node) -> None:
-    """Drop an unused parameter, from the graph and from what is stored."""
-    specs = program.graph_signature.input_specs
-    (spec,) = [s for s in specs if s.arg.name == node.name]
-    specs.remove(spec)
-    program.graph.erase_node(node)
-    if not any(s.target == spec.target for s in specs):
-        program.state_dict.pop(str(spec.target), None)
-        program.constants.pop(str(spec.target), None)
+def remove_parameters(program: ExportedProgram, nodes: Sequence[Node]) -> None:
+    """Drop unused parameters, from the graph and from what is stored."""
+    signature, gone = program.graph_signature, {n.name for n in nodes}
+    dropped = [s.target for s in signature.input_specs if s.arg.name in gone]
+    signature.input_specs[:] = [s for s in signature.input_specs if s.arg.name not in gone]
+    for node in nodes:
+        program.graph.erase_node(node)
+    left = {s.target for s in signature.input_specs}
+    for name in dropped:
+        if name not in left:
+            program.state_dict.pop(str(name), None)
+            program.constants.pop(str(name), None)
 
 
 def thread(value: Node, body: Body) -> Node:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from rewriter.backends.files.export import output_names
 from rewriter.backends.files.recurrent import whole_recurrences
@@ -25,8 +25,6 @@ from rewriter.graph import Place, Site
 from rewriter.inputs import InputSpec
 from rewriter.operator import AbstractMatrix, flatten, unflatten
 
-_TAPPED = ("", "cond")  # bodies that the interpreter enters
-
 
 class FxGraph:
     """Implements rewriter.graph.Graph; see there for what each method promises."""
@@ -37,9 +35,9 @@ class FxGraph:
         self.program = program
         self.constants = Constants(program)
         self.mode = edit.fake_mode(program)
-        self._bodies = {id(b.module.graph): b for b in bodies(program)}
         self._output_names = output_names(program)
         self._spliced: dict[str, list[tuple[Node, Node]]] = {}  # site id -> (original output, its stand-in)
+        self._found: dict[Graph, Body] | None = None
 
     @classmethod
     def of(cls, program: ExportedProgram) -> Self:
@@ -47,15 +45,25 @@ class FxGraph:
         with whole_recurrences():
             return cls(program.run_decompositions({}))
 
-    def nodes(self) -> Iterator[Node]:
-        yield from self._walk(self._bodies[id(self.program.graph)])
+    @property
+    def _bodies(self) -> dict[Graph, Body]:
+        """The main body and the nested ones, callers first; an edit drops what is known of them."""
+        if self._found is None:
+            self._found = {b.module.graph: b for b in bodies(self.program)}
+        return self._found
 
-    def _walk(self, body: Body) -> Iterator[Node]:
-        for node in body.module.graph.nodes:
-            for inner in self._bodies.values():
-                if inner.call is node:
-                    yield from self._walk(inner)
-            yield node
+    def nodes(self) -> Iterator[Node]:
+        inner: dict[Node | None, list[Body]] = {}
+        for body in self._bodies.values():
+            inner.setdefault(body.call, []).append(body)
+
+        def walk(body: Body) -> Iterator[Node]:
+            for node in body.module.graph.nodes:
+                for nested in inner.get(node, ()):
+                    yield from walk(nested)
+                yield node
+
+        yield from walk(inner[None][0])
 
     def op(self, node: Node) -> str:
         return names.operation(node)
@@ -76,7 +84,7 @@ class FxGraph:
         return list(value.users)
 
     def body(self, node: Node) -> str:
-        return self._bodies[id(node.graph)].name
+        return self._bodies[node.graph].name
 
     def shape(self, value: Node) -> tuple[int | str, ...] | None:
         fake = value.meta.get("val")
@@ -104,7 +112,7 @@ class FxGraph:
         return self.constants.root(value)
 
     def storage_users(self, value: Node) -> Sequence[tuple[Node, Node]]:
-        return list(self.constants.users(self.constants.root(value)))
+        return self.constants.users(self.constants.root(value))
 
     def operator(self, node: Node) -> AbstractMatrix | None:
         if node.target is not SITE:
@@ -113,7 +121,7 @@ class FxGraph:
         return unflatten(str(node.args[2]), factors)  # type: ignore[return-value]
 
     def can_splice(self, place: Place) -> str:
-        body = self._bodies[id(place.nodes[-1].graph)]
+        body = self._bodies[place.nodes[-1].graph]
         while body.call is not None:
             if str(body.call.target) != "cond":
                 return f"inside a {body.call.target} body: weights cannot be added there yet"
@@ -125,60 +133,66 @@ class FxGraph:
         return not any(self.can_splice(Place((value,), value, value)))
 
     def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
+        if site.id in self._spliced:
+            self.restore(site)
         leaves, spec = flatten(operator)
-        fresh = {f"{site.name}.structured.{i}": leaf.contiguous() for i, leaf in enumerate(leaves)}
-        taken = set(self.program.state_dict)
-        stored = {self._unused(name, taken): leaf for name, leaf in fresh.items()}
-        factors = [edit.add_parameter(self.program, self.mode, name, leaf) for name, leaf in stored.items()]
-        self.constants.index()
-        biases: dict[Node | None, Node] = {}
+        factors = [self._store(f"{site.name}.structured.{i}", leaf) for i, leaf in enumerate(leaves)]
+        totals: dict[object, Node | None] = {}
         pairs = []
         for place in site.places:
-            bias = self._bias(site, place, shift, biases)
-            new = self._stand_in(site, place, operator.shape[0], spec, factors, bias)
-            place.y.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)  # type: ignore[misc]
+            key = (place.bias, place.bias_scale)
+            if key not in totals:
+                totals[key] = self._total(site, place, shift)
+            new = self._stand_in(site, place, operator.shape[0], spec, factors, totals[key])
+            place.y.replace_all_uses_with(new)
             pairs.append((place.y, new))
         self._spliced[site.id] = pairs
         self._settle()
 
-    def _unused(self, name: str, taken: set[str]) -> str:
-        while name in taken:
+    def _store(self, name: str, tensor: Tensor) -> Node:
+        """A new parameter under a name that nothing has."""
+        while name in self.program.state_dict or name in self.program.constants:
             name += "_"
-        taken.add(name)
-        return name
+        return edit.add_parameter(self.program, self.mode, name, tensor.detach().contiguous())
 
-    def _bias(self, site: Site, place: Place, shift: Tensor | None, made: dict[Node | None, Node]) -> Node | None:
-        """The place's own bias, or with a shift or scale a new one that holds their sum; equal places share it."""
-        if shift is None and place.bias_scale == 1.0:
+    def _total(self, site: Site, place: Place, shift: Tensor | None) -> Node | None:
+        """What is added to the product: the bias itself, or a new parameter where a scale or shift goes into it."""
+        if place.bias is not None and not self.is_const(place.bias):
+            return None if shift is None else self._store(f"{site.name}.structured.bias", shift.to(site.dtype))
+        if place.bias_scale == 1.0 and shift is None:
             return place.bias
-        if place.bias not in made:
-            old = torch.zeros(()) if place.bias is None else self.constants.load(place.bias).float() * place.bias_scale
-            total = old if shift is None else old + shift.float()
-            assert site.dtype is not None and site.shape is not None
-            total = total.expand(site.shape[0]).to(site.dtype).contiguous()
-            name = self._unused(f"{site.name}.structured.bias", set(self.program.state_dict))
-            made[place.bias] = edit.add_parameter(self.program, self.mode, name, total)
-            self.constants.index()
-        return made[place.bias]
+        total, dtype = torch.zeros((), dtype=torch.float64), site.dtype
+        if place.bias is not None:
+            bias = self.constants.load(place.bias)
+            total, dtype = bias.double() * place.bias_scale, bias.dtype
+        return self._store(f"{site.name}.structured.bias", (total if shift is None else total + shift.double()).to(dtype))
 
-    def _stand_in(self, site: Site, place: Place, width: int, spec: str, factors: list[Node], bias: Node | None) -> Node:
+    def _current(self, value: Node) -> Node:
+        """What stands for an original value now: another site may have been spliced where it was made."""
+        return next((new for pairs in self._spliced.values() for old, new in pairs if old is value), value)
+
+    def _stand_in(self, site: Site, place: Place, width: int, spec: str, factors: list[Node], total: Node | None) -> Node:
         last, aten, layout = place.nodes[-1], torch.ops.aten, place.layout
-        graph, body = last.graph, self._bodies[id(last.graph)]
+        graph, body = last.graph, self._bodies[last.graph]
         local = [edit.thread(f, body) for f in factors]
-        inner_bias = edit.thread(bias, body) if bias is not None and bias.graph is not graph else bias
+        if total is not None and total.graph is not graph:
+            total = edit.thread(total, body)
 
         def call(target: Any, *args: Any) -> Node:
             return edit.call(graph, self.mode, target, *args, like=last)
 
         with graph.inserting_before(place.y.next):
-            x = place.x
+            x = self._current(place.x)
             if layout.before:
                 x = call(aten.permute.default, x, list(layout.before))
             if layout.join > 1:
                 x = call(aten.flatten.using_ints, x, -layout.join, -1)
             y = call(SITE, x, local, spec, width, site.name)
-            if inner_bias is not None:
-                y = call(aten.add.Tensor, y, inner_bias)
+            if place.bias is not None and not self.is_const(place.bias):
+                bias = self._current(place.bias)
+                y = call(aten.add.Tensor, y, bias if place.bias_scale == 1.0 else call(aten.mul.Tensor, bias, place.bias_scale))
+            if total is not None:
+                y = call(aten.add.Tensor, y, total)
             if layout.spread:
                 y = call(aten.unflatten.int, y, -1, list(layout.spread))
             if layout.after:
@@ -188,32 +202,35 @@ class FxGraph:
     def restore(self, site: Site) -> None:
         for old, new in self._spliced.pop(site.id):
             new.replace_all_uses_with(old)
-        self._settle()
-        self.prune(originals=False)
+        self._prune({old for pairs in self._spliced.values() for old, _ in pairs})
 
     def _settle(self) -> None:
-        """Bring the signature and the compiled code up to date with the graph."""
+        """Bring the signature up to date with the graph, and look again at the next question."""
         output = self.program.graph.output_node()
-        for spec, value in zip(self.program.graph_signature.output_specs, output.args[0], strict=True):  # type: ignore[arg-type]
+        for spec, value in zip(self.program.graph_signature.output_specs, output.args[0], strict=True):
             if isinstance(value, Node):
                 spec.arg.name = value.name
-        self._bodies = {id(b.module.graph): b for b in bodies(self.program)}
+        self._found = None
+        self.constants.forget()
+
+    def prune(self) -> None:
+        self._spliced.clear()
+        self._prune(set())
         for body in self._bodies.values():
             body.module.recompile()
-        self.constants.index()
 
-    def prune(self, originals: bool = True) -> None:
-        """Drop unused nodes and then unused parameters; `originals=False` keeps what a later restore needs."""
-        waiting = {old for pairs in self._spliced.values() for old, _ in pairs} if not originals else set()
+    def _prune(self, waiting: set[Node]) -> None:
+        """Drop unused nodes and then unused parameters, but not those that wait for a restore."""
         for body in reversed(list(self._bodies.values())):
-            body.module.graph.eliminate_dead_code(lambda n: n.is_impure() or n in waiting)
+            body.module.graph.eliminate_dead_code(lambda n: n in waiting or (n.is_impure() and not self._says_nothing(n)))
             if body.call is not None and str(body.call.target) == "cond":
                 edit.drop_unused_operands(body)
-        for node in [n for n in self.program.graph.nodes if n.op == "placeholder" and not n.users]:
-            if node in self.constants.stored:
-                edit.remove_parameter(self.program, node)
-        self.constants.stored = {n: s for n, s in self.constants.stored.items() if not n._erased}
+        edit.remove_parameters(self.program, [n for n in self.constants.stored if not n.users])
         self._settle()
+
+    def _says_nothing(self, node: Node) -> bool:
+        """An assertion on the dtype of a stored tensor, which tracing leaves at casts and which would keep the tensor."""
+        return node.target is torch.ops.aten._assert_tensor_metadata.default and self.is_const(node.args[0])  # type: ignore[arg-type]
 
     def run(self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
         return dict(zip(self._output_names, run(self.program, feeds, taps or {}), strict=True))
@@ -228,9 +245,10 @@ class FxGraph:
 
     def specs(self) -> list[InputSpec]:
         found = []
+        placeholders = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
         for spec in self.program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument):
-                (node,) = [n for n in self.program.graph.nodes if n.op == "placeholder" and n.name == spec.arg.name]
+                node = placeholders[spec.arg.name]
                 found.append(InputSpec(node.name, str(self.dtype(node)).removeprefix("torch."), self.shape(node) or ()))
         return found
 

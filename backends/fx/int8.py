@@ -1,6 +1,7 @@
 """The dynamic int8 form of a dense program: every linear with a stored weight runs as quantized::linear_dynamic.
 
-The baseline that a torch user already has (torch.ao.quantization.quantize_dynamic), at graph level: weights per channel, activations per call.
+The baseline that a torch user already has (torch.ao.quantization.quantize_dynamic), at graph level: weights per channel, activations per
+call.
 """
 
 from __future__ import annotations

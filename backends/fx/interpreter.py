@@ -1,4 +1,7 @@
-"""Runs a program node by node, handing tapped values to their callbacks, inside cond branches as well; values are freed after their last use."""
+"""Runs a program node by node, handing tapped values to their callbacks, inside cond branches as well.
+
+Values are freed after their last use.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -14,8 +17,13 @@ OPERATIONS: dict[str, str] = {
     "aten.matmul": "matmul",
     "aten.mm": "matmul",
     "aten.bmm": "matmul",
+    "aten.mv": "matmul",
     "aten.addmm": "addmm",
+    "aten.baddbmm": "addmm",
     "aten.einsum": "einsum",
+    "aten.tensordot": "einsum",
+    "aten.inner": "einsum",
+    "aten.linalg_multi_dot": "einsum",
     "aten.conv1d": "conv",
     "aten.conv2d": "conv",
     "aten.conv3d": "conv",
@@ -44,6 +52,8 @@ OPERATIONS: dict[str, str] = {
     "aten.to": "cast",
     "aten._to_copy": "cast",
     "aten.type_as": "cast",
+    "aten.where": "where",
+    "aten.masked_fill": "where",
     "aten.embedding": "embedding",
     "aten.softmax": "softmax",
     "aten._softmax": "softmax",
@@ -72,46 +82,66 @@ _CONV = ("strides", "pads", "dilations")
 
 def operation(node: Node) -> str:
     """The normalised name; placeholders, outputs and unknown targets keep their own."""
-    if node.op != "call_function":
-        return node.op
-    if node.target is operator.getitem:
+    return _named(node.target) if node.op == "call_function" else node.op
+
+
+@functools.lru_cache(maxsize=4096)
+def _named(target: Callable[..., Any]) -> str:
+    if target is operator.getitem:
         return "getitem"
-    if isinstance(node.target, torch._ops.OpOverload):
-        packet = node.target.overloadpacket
-        name = f"{node.target.namespace}.{packet.__name__}"
-        return OPERATIONS.get(name, name)
-    return OPERATIONS.get(str(node.target), str(node.target))
+    name = f"{target.namespace}.{target.overloadpacket.__name__}" if isinstance(target, torch._ops.OpOverload) else str(target)
+    return OPERATIONS.get(name, name)
 
 
 def operands(node: Node) -> Sequence[Node | None]:
     """Tensor operands in the order that the Graph protocol fixes."""
-    if operation(node) == "einsum":
-        return list(node.args[1])  # type: ignore[arg-type]
-    if operation(node) in ("linear", "addmm", "conv"):
-        return [a if isinstance(a, Node) else None for a in node.args[:3]]
-    if operation(node) == "layer_norm":
-        return [a if isinstance(a, Node) else None for a in (node.args[0], *node.args[2:4])]
-    if operation(node) == "rms_norm":
-        return [a if isinstance(a, Node) else None for a in (node.args[0], *node.args[2:3])]
-    return node.all_input_nodes if operation(node) not in ("matmul", "add", "mul", "sub", "div", "embedding") else _pair(node)
+    name = operation(node)
+    if node.target in (torch.ops.aten.einsum.default, torch.ops.aten.linalg_multi_dot.default):
+        return list(node.args[-1])  # type: ignore[arg-type]
+    if name in ("matmul", "einsum", "add", "mul", "sub", "div", "embedding"):
+        return _tensors(node.args[:2])
+    if name in ("linear", "addmm", "conv"):
+        return _tensors(node.args[:3])
+    if name in ("layer_norm", "rms_norm"):
+        return _tensors((node.args[0], *node.args[2 : 4 if name == "layer_norm" else 3]))
+    return node.all_input_nodes
 
 
-def _pair(node: Node) -> Sequence[Node | None]:
-    return [a if isinstance(a, Node) else None for a in node.args[:2]]
+def _tensors(given: Sequence[Any]) -> list[Node | None]:
+    return [a if isinstance(a, Node) else None for a in given]
 
 
 def attributes(node: Node) -> Mapping[str, Any]:
     """The options of linears, under the protocol's names."""
-    name, args, kwargs = operation(node), node.args, node.kwargs
+    name, kwargs = operation(node), node.kwargs
     if name == "einsum":
-        return {"equation": args[0]}
+        return {"equation": _equation(node)}
     if name == "addmm":
         return {"alpha": kwargs.get("alpha", 1), "beta": kwargs.get("beta", 1)}
     if name in ("add", "sub"):
         return {"alpha": kwargs.get("alpha", 1)}
     if name == "conv":
         return _conv(node)
-    return {}
+    plain = [a for a in node.args if not isinstance(a, Node)]
+    return {"arguments": tuple(map(str, plain)), **{k: str(v) for k, v in kwargs.items()}}
+
+
+def _equation(node: Node) -> str:
+    """An einsum's own; inner, tensordot and multi_dot spelled as one."""
+    if node.target is torch.ops.aten.einsum.default:
+        return str(node.args[0])
+    letters = iter(ascii_letters)
+    terms = [[next(letters) for _ in range(value.meta["val"].dim())] for value in operands(node) if value is not None]
+    pairs: Any = ([-1], [-1])  # inner
+    if node.target is torch.ops.aten.linalg_multi_dot.default:
+        pairs = ([-1], [0])
+    if node.target is torch.ops.aten.tensordot.default:
+        pairs = node.args[2:4]
+    for left, right in pairwise(terms):
+        for a, b in zip(*pairs, strict=True):
+            right[b] = left[a]
+    together = [c for term in terms for c in term]
+    return f"{','.join(map(''.join, terms))}->{''.join(c for c in together if together.count(c) == 1)}"
 
 
 def _conv(node: Node) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +33,13 @@ def lower(graph: FxGraph) -> ExportedProgram:
     clean = graph.clone()
     clean.prune()
     with whole_recurrences():
-        return clean.program.run_decompositions({SITE: body})
+        lowered: ExportedProgram = clean.program.run_decompositions({SITE: body})
+        return lowered
 
 
 def as_module(program: ExportedProgram) -> GraphModule:
     """The program as a module whose parameters train, called by position or by name, whichever way it was exported."""
-    module: GraphModule = program.module()  # type: ignore[assignment]
+    module: GraphModule = program.module()
     in_spec = program.call_spec.in_spec
     names = list(in_spec.child(1).context) if in_spec is not None and in_spec.child(1).num_children else []
 
@@ -61,7 +62,8 @@ class TorchTarget:
 
     def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
         if not isinstance(graph, FxGraph):
-            raise RewriteError("--target torch needs a torch model (.pt2, module or folder), the input is ONNX; use --target onnxruntime or onnx")
+            said = "--target torch needs a torch model (.pt2, module or folder), the input is ONNX"
+            raise RewriteError(f"{said}; use --target onnxruntime or onnx")
         save_pt2(lower(graph), path, dict(options.provenance))
 
     def open(self, path: Path, threads: int) -> Runner:
@@ -96,7 +98,7 @@ class _Program:
             return dict(zip(self.names, run(self.program, feeds, {}), strict=True))
 
 
-class single:  # noqa: N801 - reads as a phrase: with single(threads)
+class single:
     """torch on a given number of threads, for a while."""
 
     def __init__(self, threads: int) -> None:
@@ -121,7 +123,7 @@ def _cold(form: AbstractMatrix, tokens: int) -> Callable[[], object]:
     """A call on the next of several copies of the weights, so that few tokens meet weights that no cache holds."""
     nbytes = max(form.cost().nbytes, 1)
     copies = min(32, max(1, COLD_BYTES // nbytes)) if tokens <= FEW_TOKENS else 1
-    forms = [form] + [cast(AbstractMatrix, form.to(torch.float64).to(torch.float32)) for _ in range(copies - 1)]
+    forms = [form] + [form.to(torch.float64).to(torch.float32) for _ in range(copies - 1)]
     x = torch.randn(tokens, form.shape[1])
     turn = iter(range(1 << 62))
     return lambda: forms[next(turn) % copies].product(EagerOps(), x)

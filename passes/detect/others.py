@@ -22,7 +22,8 @@ def detect(graph: Graph) -> Iterator[Site]:
             scope = graph.scope(node) or graph.name(graph.outputs(node)[0])
             name = unique(f"{scope} ({kind})", taken)
             x = next((v for v in graph.inputs(node) if v is not None), None)
-            yield Site(name, name, kind, None, graph.dtype(graph.outputs(node)[0]), (Place((node,), x, graph.outputs(node)[0]),), reason=NO_PASS)
+            y = graph.outputs(node)[0]
+            yield Site(name, name, kind, None, graph.dtype(y), (Place((node,), x, y),), reason=NO_PASS)
 
 
 def _kind(graph: Graph, node: Node) -> str:
@@ -64,7 +65,7 @@ def _back(graph: Graph, value: Value | None, depth: int) -> Node | None:
     node = graph.producer(value) if value is not None else None
     if _product_of_two(graph, node):
         return node
-    if node is None or not depth or graph.op(node) not in _THROUGH | {"where", "aten.where", "aten.masked_fill", "Where"}:
+    if node is None or not depth or graph.op(node) not in _THROUGH | {"where"}:
         return None
     for operand in graph.inputs(node):
         found = _back(graph, operand, depth - 1) if operand is not None else None
@@ -85,7 +86,16 @@ def _branch(graph: Graph, base: Value | None, low: Value | None) -> bool:
     if first is None or up is None or down is None:
         return False
     thin = 4 * down.shape[0] <= min(first.shape)
-    return thin and first.shape == (up.shape[0], down.shape[1]) and first.place.x is down.place.x
+    return thin and first.shape == (up.shape[0], down.shape[1]) and _origin(graph, first.place.x) is _origin(graph, down.place.x)
+
+
+def _origin(graph: Graph, value: Value) -> Value:
+    """The value before casts and dropouts."""
+    node = graph.producer(value)
+    while node is not None and graph.op(node) in ("cast", "identity"):
+        value = next(v for v in graph.inputs(node) if v is not None)
+        node = graph.producer(value)
+    return value
 
 
 def _linear_behind(graph: Graph, value: Value | None) -> Spelling | None:
@@ -97,7 +107,7 @@ def _linear_behind(graph: Graph, value: Value | None) -> Spelling | None:
         found = read(graph, node)
         if found is not None:
             return found
-        if graph.op(node) not in ("mul", "cast", "identity", "dropout", "add"):
+        if graph.op(node) not in ("mul", "cast", "identity", "add"):
             return None
         value = next((v for v in graph.inputs(node) if v is not None and not graph.is_const(v)), None)
     return None
