@@ -344,3 +344,30 @@ def test_a_norm_with_a_second_summand_is_a_norm() -> None:
     (node,) = g.nodes()
     assert g.op(node) == "layer_norm"
     assert [g.name(v) for v in g.inputs(node)] == ["x", "gamma", "beta"]
+
+
+def test_old_models_are_raised_and_weights_are_no_inputs() -> None:
+    text = "g (float[B,6] x, float[6,5] w) => (float[B,5] y) { m = MatMul(x, w)  s = Squeeze<axes=[1]>(u)  y = Mul(m, s) }"
+    m = model(text, 9, {"w": (6, 5), "u": (5, 1)})
+    given = {"x": torch.randn(3, 6)}
+    w, u = (torch.from_numpy(m.graph.initializers[n].const_value.numpy().copy()) for n in ("w", "u"))
+    g = OnnxGraph(m)
+    assert g.opset >= 13
+    assert [s.name for s in g.specs()] == ["x"]
+    close(g.run(given)["y"], (given["x"] @ w) * u[:, 0])
+    assert_splices(g, [product_site(g, find(g, "matmul"), (5, 6))])
+    assert m.graph.opset_imports[""] == 9
+
+
+def test_initialisers_never_clash() -> None:
+    text = "g (float[B,6] x) => (float[B,5] y) { t = MatMul(x, w)  y = Add(t, taken) }"
+    m = model(text, 18, {"w": (6, 5), "taken": (5,)})
+    taken = m.graph.initializers.pop("taken")
+    taken.name = "w.factors.1.weight"
+    m.graph.register_initializer(taken)
+    g = OnnxGraph(m)
+    site = product_site(g, find(g, "matmul"), (5, 6))
+    assert_splices(g, [site])
+    g.splice(site, equal_form(g.const(site.weights["weight"].value).T))
+    g.splice(site, equal_form(g.const(site.weights["weight"].value).T))
+    assert sorted(g.model.graph.initializers) == ["w", "w.factors.0.scale", "w.factors.1.weight", "w.factors.1.weight_2"]
