@@ -13,7 +13,7 @@ from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.onnx.run import MAX_PROTO, Session
 from rewriter.backends.onnx.shapes import infer
-from rewriter.backends.onnx.widen import needs_widening, widen
+from rewriter.backends.onnx.widen import HALVES, widen
 from rewriter.errors import RewriteError
 
 
@@ -55,8 +55,7 @@ def _prepared(path: Path, target: Path) -> tuple[ir.Model, bool]:
     """The model with its functions inlined (their bodies are not quantised), saved at `target`. True where it is large."""
     model = load_onnx(path)
     passes.InlinePass()(model)
-    if needs_widening(model):
-        widen(model)
+    widen(model, HALVES)  # the quantiser's operators take float32 alone
     infer(model)
     passes.NameFixPass()(model)
     large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None) > MAX_PROTO

@@ -17,11 +17,14 @@ from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.int8 import open_int8
 from rewriter.backends.onnx.lowering import chooser
 from rewriter.backends.onnx.measure import measure
+from rewriter.backends.onnx.opaque import DOMAIN
 from rewriter.backends.onnx.run import Session, loadable
 from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.operator import AbstractMatrix
+
+PORTABLE = {"", "ai.onnx", "ai.onnx.ml", DOMAIN}
 
 
 class OnnxTarget:
@@ -37,7 +40,12 @@ class OnnxTarget:
         save_onnx(finish(model, options.opset, options.flatten, chooser(options.tokens, options.threads), options.provenance), path)
 
     def prepare(self, model: ir.Model) -> None:
-        """What this target cannot run is said otherwise: nothing here."""
+        """Make the model one that this target runs; here: refuse what is not portable."""
+        own = {identifier[0] for identifier in model.functions}
+        for node in model.graph.all_nodes():
+            if node.domain not in PORTABLE | own:
+                name = f"{node.domain}.{node.op_type}"
+                raise RewriteError(f"--target onnx is portable and the model itself uses {name}; give --target onnxruntime")
 
     def open(self, path: Path, threads: int) -> Runner:
         model = load_onnx(path)  # what the file says about itself and its data is checked before ONNX Runtime reads it
@@ -60,7 +68,7 @@ class OnnxRuntimeTarget(OnnxTarget):
     name = "onnxruntime"
 
     def prepare(self, model: ir.Model) -> None:
-        """Its CPU has no bfloat16 product."""
+        """Its CPU has no bfloat16 product; every domain that it knows is welcome."""
         if needs_widening(model):
             widen(model)
 

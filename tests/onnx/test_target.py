@@ -268,3 +268,33 @@ def test_wrong_shapes_in_the_source_do_not_stop_emission(tmp_path: Path) -> None
     OnnxTarget().emit(g, tmp_path / "m.onnx", EmitOptions())
     x = torch.randn(1, 2, 6)
     close(OnnxTarget().open(tmp_path / "m.onnx", 1)({"x": x})["y"], expected(operator, x))
+
+
+def test_half_precision_has_an_int8_form(tmp_path: Path) -> None:
+    m = model("g (float16[B,6] x) => (float16[B,5] y) { y = MatMul(x, w) }", 18)
+    stored = ir.Tensor(torch.randn(6, 5).half().numpy(), name="w")
+    for node in m.graph:
+        value = ir.Value(name="w", const_value=stored, shape=stored.shape, type=ir.TensorType(stored.dtype))
+        node.replace_input_with(1, value)
+        m.graph.register_initializer(value)
+    OnnxTarget().emit(OnnxGraph(m), tmp_path / "m.onnx", EmitOptions())
+    x = {"x": torch.randn(3, 6).half()}
+    dense, int8 = OnnxTarget().open(tmp_path / "m.onnx", 1)(x)["y"], OnnxTarget().open_int8(tmp_path / "m.onnx", 1)(x)["y"]
+    assert (dense.dtype, int8.dtype) == (torch.float16, torch.float32)
+    assert (int8 - dense).norm() < dense.norm() - int8.sub(dense).norm()
+
+
+def test_the_portable_target_refuses_contrib_operators(tmp_path: Path) -> None:
+    g = OnnxGraph(model("g (float[B,6] x) => (float[B,6] y) { y = com.microsoft.FastGelu(x) }", 18))
+    with pytest.raises(RewriteError, match="com.microsoft.FastGelu"):
+        OnnxTarget().emit(g, tmp_path / "m.onnx", EmitOptions())
+    OnnxRuntimeTarget().emit(g, tmp_path / "m.onnx", EmitOptions())
+    assert OnnxRuntimeTarget().open(tmp_path / "m.onnx", 1)({"x": torch.randn(2, 6)})["y"].shape == (2, 6)
+
+
+def test_a_model_of_a_higher_opset_keeps_it(tmp_path: Path) -> None:
+    g, operator = structured(23)
+    OnnxTarget().emit(g, tmp_path / "m.onnx", EmitOptions(20))
+    assert {o.domain: o.version for o in onnx.load(str(tmp_path / "m.onnx")).opset_import}[""] == 23
+    x = torch.randn(1, 2, 6)
+    close(OnnxTarget().open(tmp_path / "m.onnx", 1)({"x": x})["y"], expected(operator, x))
