@@ -286,7 +286,7 @@ def test_half_precision_has_an_int8_form(tmp_path: Path) -> None:
 
 def test_the_portable_target_refuses_contrib_operators(tmp_path: Path) -> None:
     g = OnnxGraph(model("g (float[B,6] x) => (float[B,6] y) { y = com.microsoft.FastGelu(x) }", 18))
-    with pytest.raises(RewriteError, match="com.microsoft.FastGelu"):
+    with pytest.raises(RewriteError, match="FastGelu"):
         OnnxTarget().emit(g, tmp_path / "m.onnx", EmitOptions())
     OnnxRuntimeTarget().emit(g, tmp_path / "m.onnx", EmitOptions())
     assert OnnxRuntimeTarget().open(tmp_path / "m.onnx", 1)({"x": torch.randn(2, 6)})["y"].shape == (2, 6)
