@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewriter import pipeline
-from rewriter.backend import EmitOptions
 from rewriter.errors import RewriteError
 from rewriter.inputs import InputSpec
 from rewriter.options import Options
@@ -54,11 +53,10 @@ def apply(passes: Passes, model: Any, inputs: Inputs = None, data: Any = None, *
     """
     result = plan(model, passes, inputs, data=data, **options)
     assert result.graph is not None
-    if result.graph.format == "onnx":
-        return importlib.import_module("rewriter.backends.onnx.emit").finish(result.module, EmitOptions().opset)
+    if result.graph.format == "onnx" or isinstance(model, nn.Module):
+        return result.module
     torch_target = importlib.import_module("rewriter.backends.fx.target")
-    program = torch_target.lower(result.graph)
-    return torch_target.as_module(program) if isinstance(model, nn.Module) else program
+    return torch_target.lower(result.graph)
 
 
 def _objects(passes: Passes) -> list[AbstractPass] | None:

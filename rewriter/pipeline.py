@@ -45,6 +45,7 @@ class Result:
     graph: Graph | None = None
     scratch: tempfile.TemporaryDirectory[str] | None = None
     emitted: Path | None = None
+    opset: int = EmitOptions.opset
 
     @functools.cached_property
     def module(self) -> Any:
@@ -54,7 +55,9 @@ class Result:
         if self.graph.format == "torch":
             torch_target = importlib.import_module("rewriter.backends.fx.target")
             return torch_target.as_module(torch_target.lower(self.graph))
-        return self.graph.clone().model  # type: ignore[attr-defined]
+        graph = self.graph.clone()
+        graph.prune()
+        return importlib.import_module("rewriter.backends.onnx.emit").finish(graph.model, self.opset)  # type: ignore[attr-defined]
 
     def save(self, path: str | Path, force: bool = False) -> Path:
         """Put the emitted, verified model at `path`; RewriteError where nothing was emitted or the file exists."""
@@ -118,7 +121,7 @@ def plan(model: Any, options: Options, data: Any = None, passes: Sequence[Abstra
     _decide(job)
     error = _certificate(job, job.graph.run, job.samples.held_out) if job.lossy else None
     text = f"plan: {job.rewritten} of {len(job.sites)} sites would be rewritten; `rewrite` with the same options reuses these fits"
-    return Result(_report(job, error, [], {}, planned=True), 0, text, graph=job.graph)
+    return Result(_report(job, error, [], {}, planned=True), 0, text, graph=job.graph, opset=options.opset)
 
 
 def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
@@ -340,7 +343,7 @@ def _emit(job: Job, out: Path | None) -> Result:
     text = f"{path or 'in memory'}: {job.rewritten} of {len(job.sites)} sites rewritten, reloaded and checked"
     if path is not None:
         scratch.cleanup()
-    return Result(report, 0, text, path, job.graph, scratch, emitted)
+    return Result(report, 0, text, path, job.graph, scratch, emitted, options.opset)
 
 
 def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
@@ -351,10 +354,9 @@ def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
     if not job.lossy:
         dtypes = [d.site.dtype for d in job.decisions.values() if d.site.dtype in EQUAL]
         tolerance = max((EQUAL[d][0] for d in dtypes if d is not None), default=1e-4)
-        if not error.estimate <= 10 * tolerance:
-            raise RewriteError(
-                f"an exact rewrite moved the output by {error.estimate:.3g} (allowed {10 * tolerance:.1g}); nothing was written, please report it"
-            )
+        allowed = 10 * tolerance
+        if not error.estimate <= allowed:
+            raise RewriteError(f"an exact rewrite moved the output by {error.estimate:.3g}, {allowed:.1g} is allowed; nothing was written")
     return None
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewriter.cache import write_atomically, write_text
+from rewriter.cache import write_atomically
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.rule import Decision

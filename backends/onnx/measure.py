@@ -41,7 +41,7 @@ def measure(forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[
 
         choose = chooser((tokens,), threads)
         specs = list(known)
-        seconds = dict(zip(specs, _time([(s, choose(s, 2)) for s in specs], 2, tokens, threads), strict=True))
+        seconds = dict(zip(specs, time_bodies([(s, choose(s, 2)) for s in specs], 2, tokens, threads), strict=True))
         return [seconds[flatten(form)[1]] for form in forms]
 
     return measured(RUNTIME, forms, tokens, threads, time)
@@ -53,7 +53,7 @@ def measure_lowerings(spec: str, rank: int, lowerings: Sequence[str], tokens: in
     stored = _stored(path)
     if len(stored) == len(lowerings):
         return stored
-    seconds = _time([(spec, lowering) for lowering in lowerings], rank, tokens, threads)
+    seconds = time_bodies([(spec, lowering) for lowering in lowerings], rank, tokens, threads)
     try:
         write_atomically(path, lambda temporary: _write(temporary, seconds))
     except OSError:
@@ -72,7 +72,8 @@ def _stored(path: Path) -> list[float]:
         return []
 
 
-def _time(bodies: Sequence[tuple[str, str]], rank: int, tokens: int, threads: int) -> list[float]:
+def time_bodies(bodies: Sequence[tuple[str, str]], rank: int, tokens: int, threads: int) -> list[float]:
+    """Seconds of (spec, lowering) pairs, interleaved; never stored."""
     copies = [_copies(spec, tokens) for spec, _ in bodies]
     calls = [_call(spec, lowering, rank, tokens, threads, count) for (spec, lowering), count in zip(bodies, copies, strict=True)]
     timing = interleave(calls, seconds=SECONDS)

@@ -35,6 +35,24 @@ def row_basis(basis: Tensor, bound: float = BOUND) -> tuple[Tensor, Tensor, floa
     return pivots, coefficients, float(coefficients.abs().max())
 
 
+def row_window(basis: Tensor, windows: int = 33) -> tuple[int, Tensor, float]:
+    """(m, r) -> (start, coefficients (m, r), largest): of some windows of r neighbouring rows, the one whose coefficients are least.
+
+    A window needs no permutation when it is put back; on trained weights its coefficients are about twice the best rows' ones.
+    """
+    a, (m, r) = basis.double(), basis.shape
+    starts = sorted({round(i * (m - r) / max(windows - 1, 1)) for i in range(windows)})
+    best, best_largest = starts[0], float("inf")
+    for start in starts:
+        solved, singular = torch.linalg.solve_ex(a[start : start + r].T, a.T)
+        largest = float(solved.abs().max())
+        if not int(singular) and largest < best_largest:
+            best, best_largest = start, largest
+    if best_largest == float("inf"):
+        return best, torch.zeros_like(a), best_largest
+    return best, _solve(a, torch.arange(best, best + r)), best_largest
+
+
 def _eliminated(a: Tensor) -> Tensor:
     """The rows that elimination with partial pivoting brings to the top."""
     order = list(range(len(a)))

@@ -25,7 +25,7 @@ def ridged(second: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 def cholesky(gram: Tensor, ridge: float) -> Tensor:
-    """The factor of gram + ridge * mean(diag) * I, (…, d, d); where rounding left negative eigenvalues, of the least tenfold ridge that has one."""
+    """The factor of gram + ridge * mean(diag) * I, (…, d, d); a ridge that rounding errors outweigh grows tenfold until there is one."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)[..., None, None]
     while True:

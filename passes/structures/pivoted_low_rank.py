@@ -12,47 +12,67 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from rewriter.algebra import Compose, Permutation
 from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
-from rewriter.passes.solvers.pivoting import row_basis
+from rewriter.passes.solvers.pivoting import row_basis, row_window
 from rewriter.passes.solvers.rank_search import find_rank
 from rewriter.passes.solvers.spectral import spectrum
 from rewriter.passes.structures._common import exact, fitted, too_dear, unusable
 from rewriter.structure import AbstractStructure, Fitted, NoMatch
 
 LARGEST = 100.0  # coefficients of the dependent rows; above it float32 would lose two more digits
+LARGEST_WINDOW = 50.0  # of neighbouring rows, which save the permutation
 
 
 @dataclass(frozen=True)
 class PivotedLowRank(AbstractMatrix):
-    """z = x @ down are the independent outputs, z @ rest the others, index puts them in order."""
+    """z = x @ down are outputs start, start + 1, ...; z @ rest are those before and those behind them."""
 
     down: Tensor  # (n, r)
     rest: Tensor  # (r, m - r)
-    index: Tensor  # (m,) int64
+    start: int
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.index), self.down.shape[0]
+        return self.rest.shape[0] + self.rest.shape[1], self.down.shape[0]
 
     def product(self, ops: AnyOps, x: Any) -> Any:
         z = ops.matmul(x, ops.const(self.down))
-        return ops.gather(ops.concat([z, ops.matmul(z, ops.const(self.rest))]), ops.const(self.index))
+        others, behind = ops.matmul(z, ops.const(self.rest)), self.rest.shape[1] - self.start
+        if self.start == 0 or behind == 0:
+            return ops.concat([z, others] if self.start == 0 else [others, z])
+        before, after = ops.split(others, [self.start, behind])
+        return ops.concat([before, z, after])
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:
-        return cls(torch.randn(7, 2, generator=rng), torch.randn(2, 3, generator=rng), torch.randperm(5, generator=rng))
+        return cls(torch.randn(7, 2, generator=rng), torch.randn(2, 3, generator=rng), 1)
 
 
-def pivoted(down: Tensor, up: Tensor) -> PivotedLowRank | NoMatch:
-    """The same matrix as down (n, r) @ up (r, m), r < m, on r of its own rows."""
+def pivoted(down: Tensor, up: Tensor, exactly: bool = False) -> AbstractMatrix | NoMatch:
+    """The same matrix as down (n, r) @ up (r, m), r < m, on r of its own rows: neighbours where their coefficients are small.
+
+    `exactly`: to rounding level, which only the best rows give.
+    """
     rank, m = up.shape
+    start, coefficients, largest = (0, up, float("inf")) if exactly else row_window(up.T)
+    if largest <= LARGEST_WINDOW:
+        inside = torch.arange(start, start + rank)
+        return PivotedLowRank(down @ up[:, inside], _without(coefficients, inside), start)
     pivots, coefficients, largest = row_basis(up.T)
     if not largest <= LARGEST:
         return NoMatch(f"no well-conditioned choice of {rank} rows: coefficients reach {largest:.1e}, the bound is {LARGEST:.0f}")
     others = torch.ones(m, dtype=torch.bool).index_fill(0, pivots, False).nonzero().flatten()
-    return PivotedLowRank(down @ up[:, pivots], coefficients[others].T.contiguous(), torch.argsort(torch.cat([pivots, others])))
+    order = torch.argsort(torch.cat([pivots, others]))
+    return Compose((PivotedLowRank(down @ up[:, pivots], _without(coefficients, pivots), 0), Permutation(order, m)))
+
+
+def _without(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """(m, r) coefficients of the other rows, as (r, m - r)."""
+    others = torch.ones(len(coefficients), dtype=torch.bool).index_fill(0, rows, False)
+    return coefficients[others].T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,7 @@ class PivotedLowRankStructure(AbstractStructure):
         found = find_rank(weight, most) if most else None
         if found is None:
             return NoMatch(f"rank exceeds {most}, the largest that stores fewer than {weight.numel()} numbers")
-        operator = pivoted(found.blocks.right[0, 0].T, found.blocks.left[0, 0].T)
+        operator = pivoted(found.blocks.right[0, 0].T, found.blocks.left[0, 0].T, exactly=True)
         return operator if isinstance(operator, NoMatch) else exact(operator, replace(self, rank=found.rank).spelling(), weight)
 
 
