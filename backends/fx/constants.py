@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _CALLS = {  # their operands follow the body
-    "invoke_subgraph", "tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "wrap_with_set_grad_enabled", "wrap_with_autocast",
+    "invoke_subgraph", "tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "wrap_with_set_grad_enabled",
+    "wrap_with_autocast",
 }  # fmt: skip
 
 
@@ -112,6 +113,13 @@ class Constants:
         """The stored parameter behind a constant value; the largest where several go in."""
         index = self._index_of(value)
         return index.stored[index.roots[value]]
+
+    def outermost(self, value: Node) -> Node:
+        """The caller's operand that a nested placeholder is bound to, through every body between; else the value itself."""
+        outer = self._index_of(value).outer
+        while value in outer:
+            value = outer[value]
+        return value
 
     def users(self, name: str) -> Sequence[tuple[Node, Node]]:
         """(node, operand) wherever the parameter is used under any tied name, seen through constant operations and nested bodies."""

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
-from rewriter.backends.fx.constants import Body
+from rewriter.backends.fx.constants import Body, bodies
 
 
 def fake_mode(program: ExportedProgram) -> FakeTensorMode:
@@ -22,6 +22,15 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
         if isinstance(mode, FakeTensorMode):
             return mode
     return FakeTensorMode()
+
+
+def free_strides(program: ExportedProgram) -> ExportedProgram:
+    """Views become reshapes: tracing wrote `view` because its examples were contiguous, which inputs need not be."""
+    for body in bodies(program):
+        for node in body.module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
+        body.module.recompile()
+    return program
 
 
 def call(graph: Graph, mode: FakeTensorMode, target: Any, *args: Any, like: Node | None = None) -> Node:
@@ -65,7 +74,7 @@ def remove_parameters(program: ExportedProgram, nodes: Sequence[Node]) -> None:
 
 def thread(value: Node, body: Body) -> Node:
     """The value as seen inside a nested cond body: one more operand of the call, one more placeholder in each of its branches."""
-    if body.call is None:
+    if body.call is None or value.graph is body.module.graph:
         return value
     assert body.parent is not None
     outer = thread(value, body.parent)

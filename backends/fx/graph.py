@@ -43,7 +43,7 @@ class FxGraph:
     def of(cls, program: ExportedProgram) -> Self:
         """The graph of a program as torch.export gives it; the program itself is left alone."""
         with whole_recurrences():
-            return cls(program.run_decompositions({}))
+            return cls(edit.free_strides(program.run_decompositions({})))
 
     @property
     def _bodies(self) -> dict[Graph, Body]:
@@ -138,15 +138,14 @@ class FxGraph:
         leaves, spec = flatten(operator)
         factors = [self._store(f"{site.name}.structured.{i}", leaf) for i, leaf in enumerate(leaves)]
         totals: dict[object, Node | None] = {}
-        pairs = []
+        pairs = self._spliced[site.id] = list[tuple[Node, Node]]()
         for place in site.places:
-            key = (place.bias, place.bias_scale)
+            key = (place.bias and self.constants.outermost(place.bias), place.bias_scale)
             if key not in totals:
                 totals[key] = self._total(site, place, shift)
             new = self._stand_in(site, place, operator.shape[0], spec, factors, totals[key])
             place.y.replace_all_uses_with(new)
             pairs.append((place.y, new))
-        self._spliced[site.id] = pairs
         self._settle()
 
     def _store(self, name: str, tensor: Tensor) -> Node:
@@ -160,7 +159,7 @@ class FxGraph:
         if place.bias is not None and not self.is_const(place.bias):
             return None if shift is None else self._store(f"{site.name}.structured.bias", shift.to(site.dtype))
         if place.bias_scale == 1.0 and shift is None:
-            return place.bias
+            return place.bias and self.constants.outermost(place.bias)
         total, dtype = torch.zeros((), dtype=torch.float64), site.dtype
         if place.bias is not None:
             bias = self.constants.load(place.bias)
@@ -222,7 +221,9 @@ class FxGraph:
     def _prune(self, waiting: set[Node]) -> None:
         """Drop unused nodes and then unused parameters, but not those that wait for a restore."""
         for body in reversed(list(self._bodies.values())):
-            body.module.graph.eliminate_dead_code(lambda n: n in waiting or (n.is_impure() and not self._says_nothing(n)))
+            for node in reversed(body.module.graph.nodes):  # fx's own sweep enters nested bodies without asking what waits
+                if not node.users and node not in waiting and (not node.is_impure() or self._says_nothing(node)):
+                    body.module.graph.erase_node(node)
             if body.call is not None and str(body.call.target) == "cond":
                 edit.drop_unused_operands(body)
         edit.remove_parameters(self.program, [n for n in self.constants.stored if not n.users])

@@ -16,6 +16,7 @@ from rewriter.backends.eager import EagerOps
 from rewriter.backends.files.pt2 import load_pt2, save_pt2
 from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.backends.fx.custom_op import SITE, body
+from rewriter.backends.fx.edit import free_strides
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.interpreter import run
 from rewriter.cache import measured
@@ -33,8 +34,7 @@ def lower(graph: FxGraph) -> ExportedProgram:
     clean = graph.clone()
     clean.prune()
     with whole_recurrences():
-        lowered: ExportedProgram = clean.program.run_decompositions({SITE: body})
-        return lowered
+        return free_strides(clean.program.run_decompositions({SITE: body}))
 
 
 def as_module(program: ExportedProgram) -> GraphModule:

@@ -21,7 +21,8 @@ Spell = Callable[[Any, Tensor], Any]
 
 def autocast(s: Any, x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return s.l(x).float()
+        y: Tensor = s.l(x)
+    return y
 
 
 def no_grad(s: Any, x: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ SPELLINGS: dict[str, tuple[Spell, dict[str, Any], str, tuple[int, int]]] = {
     "weight norm": (lambda s, x: s.l(x), {"l": nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))}, "l", (6, 8)),
     "old weight norm": (lambda s, x: s.l(x), {"l": nn.utils.weight_norm(nn.Linear(8, 6))}, "l", (6, 8)),
     "spectral norm": (lambda s, x: s.l(x), {"l": nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6))}, "l", (6, 8)),
-    "masked weight": (lambda s, x: F.linear(x, s.scale * s.w * s.mask), {"w": W, "scale": normal(1), "mask": nn.Buffer(W > 0)}, "w", (6, 8)),
+    "masked weight": (lambda s, x: F.linear(x, s.c * s.w * s.mask), {"w": W, "c": normal(1), "mask": nn.Buffer(W > 0)}, "w", (6, 8)),
     "dropped weight": (lambda s, x: F.linear(x, F.dropout(s.w, 0.5, s.training)), {"w": W}, "w", (6, 8)),
     "cast weight": (lambda s, x: F.linear(x, s.w.float()), {"w": W.half()}, "w", (6, 8)),
 }  # fmt: skip
