@@ -45,7 +45,7 @@ def _sizes(graph: Graph, value: Value | None) -> tuple[int, ...] | None:
 def _unrepeated(graph: Graph, value: Value | None) -> tuple[Value | None, tuple[Node, ...]]:
     """A constant that is repeated along leading axes for every item, and the node that repeats it."""
     node = graph.producer(value) if value is not None and not graph.is_const(value) else None
-    if node is None or graph.op(node) != "expand" or len(graph.users(value)) > 1:
+    if node is None or graph.op(node) != "expand":
         return value, ()
     inner = next(iter(graph.inputs(node)))
     sizes, repeated = _sizes(graph, inner), graph.shape(value)
@@ -128,6 +128,8 @@ def _as_batched(graph: Graph, found: Spelling | None, repeated: Value, through: 
     items, copies = graph.shape(found.place.x), graph.shape(repeated)
     same = items is not None and copies is not None and items[:-2] == copies[:-2]
     reason = "" if same else "its weight is repeated along an axis that its input lacks"
+    if len(graph.users(repeated)) > 1:
+        return replace(found, reason=found.reason or reason)  # what repeats it has to stay, and so counts as another user
     return replace(found, through=through, reason=found.reason or reason)
 
 
