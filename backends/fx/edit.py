@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
-from rewriter.backends.fx.constants import Body, bodies
+from rewriter.backends.fx.constants import Body
 
 
 def fake_mode(program: ExportedProgram) -> FakeTensorMode:
@@ -22,15 +22,6 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
         if isinstance(mode, FakeTensorMode):
             return mode
     return FakeTensorMode()
-
-
-def free_strides(program: ExportedProgram) -> ExportedProgram:
-    """Views become reshapes: tracing wrote `view` because its examples were contiguous, which inputs need not be."""
-    for body in bodies(program):
-        for node in body.module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-            node.target = torch.ops.aten.reshape.default
-        body.module.recompile()
-    return program
 
 
 def call(graph: Graph, mode: FakeTensorMode, target: Any, *args: Any, like: Node | None = None) -> Node:

@@ -16,11 +16,11 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Graph, Node
 
 from rewriter.backends.files.export import output_names
-from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.backends.fx import edit, names
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import SITE
 from rewriter.backends.fx.interpreter import run
+from rewriter.backends.fx.trace import decomposed
 from rewriter.graph import Place, Site
 from rewriter.inputs import InputSpec
 from rewriter.operator import AbstractMatrix, flatten, unflatten
@@ -42,8 +42,7 @@ class FxGraph:
     @classmethod
     def of(cls, program: ExportedProgram) -> Self:
         """The graph of a program as torch.export gives it; the program itself is left alone."""
-        with whole_recurrences():
-            return cls(edit.free_strides(program.run_decompositions({})))
+        return cls(decomposed(program, {}))
 
     @property
     def _bodies(self) -> dict[Graph, Body]:

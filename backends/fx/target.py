@@ -14,11 +14,10 @@ from torch.fx import GraphModule
 from rewriter.backend import EmitOptions, Runner
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.files.pt2 import load_pt2, save_pt2
-from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.backends.fx.custom_op import SITE, body
-from rewriter.backends.fx.edit import free_strides
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.interpreter import run
+from rewriter.backends.fx.trace import decomposed
 from rewriter.cache import measured
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
@@ -33,8 +32,7 @@ def lower(graph: FxGraph) -> ExportedProgram:
     """The program with every opaque site spelled in plain aten and nothing unused in it."""
     clean = graph.clone()
     clean.prune()
-    with whole_recurrences():
-        return free_strides(clean.program.run_decompositions({SITE: body}))
+    return decomposed(clean.program, {SITE: body})
 
 
 def as_module(program: ExportedProgram) -> GraphModule:
@@ -59,6 +57,12 @@ class TorchTarget:
     name = "torch"
     suffix = ".pt2"
     accepts = ("torch",)
+
+    def __init__(self, provider: str = "") -> None:
+        """Providers are ONNX Runtime's; torch runs on the CPU."""
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
     def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
         if not isinstance(graph, FxGraph):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, values
 
-from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.backends.fx.custom_op import SITE
+from rewriter.backends.fx.trace import symbolic_recurrences
 from rewriter.errors import RewriteError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _translate(x: T, factors: Sequence[T], spec: str, width: int, name: str) -> 
 
 def to_onnx(program: ExportedProgram, opset: int, output_names: Sequence[str]) -> ir.Model:
     """The model with its weights, opaque sites, dynamic dimensions and names; RewriteError when the exporter cannot say an operation."""
-    with _quiet(), whole_recurrences():
+    with _quiet(), symbolic_recurrences():
         try:
             exported = torch.onnx.export(
                 program,

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.algebra import Compose, Dense, Permutation
+from rewriter.backends.files.export import export_module
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.target import as_module, lower
 from rewriter.graph import Site, load_weight
+from rewriter.inputs import parse_input
 from rewriter.operator import AbstractMatrix, AbstractOperator
 from rewriter.registry import load_structures
 from tests.fx.models import BATCH, OTHER, Net, close, dense, export, graph, normal, same, sites, splices
@@ -250,23 +252,32 @@ def test_gradients_flow_to_the_factors() -> None:
     assert all(grad is not None and bool(grad.any()) for grad in grads.values())
 
 
-def test_recurrences_stay_whole() -> None:
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrences_stay_whole(kind: type[nn.RNNBase]) -> None:
+    """One node, and the time axis a symbol: in the graph, in what is lowered, and in the program that was given."""
+
     class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 3)
+            self.rnn, self.head = kind(8, 6, batch_first=True), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.head(self.lstm(x)[0])
+            out: Tensor = self.head(self.rnn(x)[0])
             return out
 
-    g = graph(Tagger(), X)
-    before = g.run(FEEDS)
+    tagger = Tagger()
+    program = export_module(tagger, [parse_input("x:float32[batch,seq,8]")], {})
+    g = FxGraph.of(program)
     site = next(s for s in sites(g) if s.kind == "linear")
     g.splice(site, dense(g, site))
     lowered = FxGraph(lower(g))
-    same(lowered.run(FEEDS), before)
-    assert [lowered.op(n) for n in lowered.nodes()].count("lstm") == 1
+    for form in (FxGraph(program), g, lowered):
+        assert [str(d).isidentifier() for d in form.specs()[0].dims] == [True, True, False]
+        assert sum(form.op(n) in ("lstm", "gru", "rnn") for n in form.nodes()) == 1
+    for length in (1, 4, 9):
+        x = normal(2, length, 8)
+        with torch.no_grad():
+            close(lowered.run({"x": x})["output"], tagger(x))
 
 
 def test_onnx_has_one_opaque_node_for_each_place() -> None:

@@ -57,6 +57,7 @@ def test_every_dense_weight_is_a_site(name: str) -> None:
         assert names_of(model, weight) & stored, path
     assert len(stored) == entry.linears
     assert all(s.name and s.shape for s in linears)
+    assert [[str(d).isdigit() for d in s.dims] for s in g.specs()] == [[isinstance(d, int) for d in s.dims] for s in entry.specs]
     feeds = entry.inputs(entry.other)
     for site in [s for s in linears if not s.reason][:: max(1, len(linears) // 4)]:
         obeys_law(g, site, feeds)
