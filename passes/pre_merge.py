@@ -27,10 +27,12 @@ from rewriter.rule import AbstractPass, Context, Decision
 
 @dataclass(frozen=True)
 class PreMerge(AbstractPass):
-    """Plans products of factors."""
+    """Plans products of factors: chains of linears merge where that is faster, and where speed is the objective slow sites go back to dense."""
 
     name: ClassVar[str] = "pre-merge"
-    summary: ClassVar[str] = "multiplies factors ahead of time, or gives the dense weight back, where the target runs that faster"
+    summary: ClassVar[str] = (
+        "merges chains of linears where that is faster; with objective ms undoes slow rewrites"
+    )
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         rewritten = [d for d in context.decisions.values() if d.operator is not None]
@@ -53,12 +55,12 @@ class PreMerge(AbstractPass):
         if context.objective == "ms" and not decision.exact and all(form >= original for original, form in table):
             graph.restore(decision.site)
             figures = "; ".join(
-                f"{1e3 * f:.3f} ms against {1e3 * d:.3f} ms dense at {t}" for t, (d, f) in zip(context.tokens, table, strict=True)
+                f"{1e3 * f:.3f} ms against {1e3 * d:.3f} ms dense at T={t}" for t, (d, f) in zip(context.tokens, table, strict=True)
             )
             return decision.kept(
                 f"{decision.structure} is slower than dense at every asked token count ({figures}): the original weight went back"
             )
-        speed = ", ".join(f"{d / f:.1f}x dense at {t} tokens" for t, (d, f) in zip(context.tokens, table, strict=True))
+        speed = ", ".join(f"{d / f:.1f}x dense at T={t}" for t, (d, f) in zip(context.tokens, table, strict=True))
         return replace(decision, reason=f"{decision.reason}; {speed}")
 
     def _merge(self, graph: Graph, context: Context, chain: Sequence[Site]) -> Iterator[Decision]:
@@ -69,9 +71,7 @@ class PreMerge(AbstractPass):
         totals = [sum(column) for column in zip(*table, strict=True)]
         best = min(range(len(forms)), key=totals.__getitem__)
         names = " . ".join(s.name for s in chain)
-        figures = (
-            f"{1e3 * totals[best]:.3f} ms against {1e3 * totals[0]:.3f} ms as it stands, at {', '.join(map(str, context.tokens))} tokens"
-        )
+        figures = f"{1e3 * totals[best]:.3f} ms against {1e3 * totals[0]:.3f} ms as it stands, at T={', '.join(map(str, context.tokens))}"
         if best == 0:
             yield from (_kept(s, f"chain {names}: no merged form is faster") for s in chain)
             return

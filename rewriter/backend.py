@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rewriter.graph import Graph
@@ -36,6 +37,10 @@ class Target(Protocol):
     name: str  # "onnxruntime" | "onnx" | "torch"
     suffix: str  # ".onnx" | ".pt2"
     accepts: tuple[str, ...]  # graph formats it can emit: "torch", "onnx"
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which the target's file holds weights of this type."""
+        ...
 
     def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
         """Write the model to `path` atomically; checked, dynamic dimensions still dynamic, input and output names and order preserved."""

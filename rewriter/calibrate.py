@@ -7,6 +7,7 @@ each group costs one pass over the samples. Sites that read the same value share
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from rewriter.graph import Graph, Layout, Site, Value
 from rewriter.moments import Accumulator, Moments, layer_norm
 from rewriter.progress import Progress
 
-SHARE = 0.75  # of the model's bytes, for the moments of one group
+SHARE = 0.25  # of the model's bytes, for the moments of one group
 Feeds = Mapping[str, Tensor]
 
 
@@ -34,6 +35,14 @@ class Samples:
     @property
     def count(self) -> int:
         return sum(rows(batch) for batch in self.batches)
+
+
+def release() -> None:
+    """Hand freed memory back to the system where libc can: moments of middling size are kept by its arenas otherwise, group after group."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def rows(feeds: Feeds) -> int:
@@ -68,13 +77,15 @@ class Calibration:
     def key(self) -> str:
         return self.samples.key if self.samples else "none"
 
-    def moments(self, sites: Sequence[Site]) -> Iterator[tuple[Site, Moments | None]]:
-        """Each site with its input's moments, None where nothing is known of the input; group by group, in order."""
+    def moments(self, sites: Sequence[Site]) -> Iterator[list[tuple[Site, Moments | None]]]:
+        """The sites in order, in groups, with their inputs' moments (None: the input is unknown); use a group up before the next."""
         for group in self._groups(sites):
             found = self._accumulate(group)
-            for site in group:
-                yield site, found.get(_source(site))
+            held = [(site, found.get(_source(site))) for site in group]
             found.clear()
+            yield held
+            held.clear()
+            release()
 
     def _groups(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         limit, group, used, seen = SHARE * self.graph.nbytes(), list[Site](), 0, set[object]()
@@ -105,7 +116,7 @@ class Calibration:
                     taps.setdefault(place.x, []).append(_feeder(accumulator, place.layout))
         if taps:
             self._run(taps)
-        seen = {key: a.moments(self.samples.law) for key, a in accumulators.items() if a.count}
+        seen = {key: a.moments(self.samples.law) for key in list(accumulators) if (a := accumulators.pop(key)).count}
         return {**formulas, **seen, **(formulas if self.samples.invented and self._floats() else {})}
 
     def _floats(self) -> bool:

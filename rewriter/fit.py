@@ -73,28 +73,35 @@ def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision
             missing.append(site)
         else:
             yield decision
-    asked = context.progress.track(context.calibration.moments(missing), "fitting", len(missing))
     workers = 1 if context.objective == "ms" else None  # timings want the machine to themselves
-    for _, decision in in_parallel(lambda pair: _fitted(graph, context, plan, *pair), asked, workers):
-        yield decision
+    for group in context.calibration.moments(missing):
+        for _, decision in context.progress.track(
+            in_parallel(lambda pair: _fitted(graph, context, plan, *pair), group, workers), "fitting", len(group)
+        ):
+            yield decision
 
 
 def in_parallel(work: Callable[[A], B], items: Iterable[A], workers: int | None = None) -> Iterator[tuple[A, B]]:
     """(item, work(item)) in order, on a thread for each core, each with one thread of torch: sites are independent, and torch lets go of
     the
-    interpreter while it computes. At most two items a worker are in flight, so a streamed input is never held whole."""
+    interpreter while it computes. Little more than an item a worker is in flight.
+
+    An interrupt cancels what has not begun."""
     count = workers or os.cpu_count() or 1
     before = torch.get_num_threads()
     waiting: collections.deque[tuple[A, Future[B]]] = collections.deque()
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1 if count > 1 else before,)) as pool:
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1 if count > 1 else before,))
+    try:
         for item in items:
             waiting.append((item, pool.submit(work, item)))
-            if len(waiting) >= 2 * count:
+            if len(waiting) > count:
                 item, future = waiting.popleft()
                 yield item, future.result()
         while waiting:
             item, future = waiting.popleft()
             yield item, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def site_cost(site: Site) -> Cost:
@@ -147,8 +154,9 @@ def _discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
         return _keep(site, weight)
     assert site.dtype is not None
     best: Fitted | None = None
+    stored = weight.to(site.dtype)  # rounding level is that of the numbers as stored
     for structure in plan.structures:
-        found = structure.discover(weight)
+        found = structure.discover(stored)
         if isinstance(found, Fitted) and (best is None or found.operator.cost().params < best.operator.cost().params):
             best = found
     if best is None:
@@ -205,7 +213,8 @@ def _judged(graph: Graph, context: Context, plan: Plan, site: Site, moments: Mom
     operator = chosen.operator.to(site.dtype)
     shift = moments.shift(weight, operator.to(torch.float32).dense()) if shifted else None
     after, before = after_cost(site, operator), site_cost(site)
-    reason = f"least weighted error of {len(fits)} forms at {after.params / before.params:.0%} of params"
+    among = f"least weighted error of {len(fits)} forms" if len(fits) > 1 else "the one form that fits"
+    reason = f"{among}, at {after.params / before.params:.0%} of params"
     return Decision(site, reason, before, after, operator, chosen.spelling, False, chosen.weighted_error, shift)
 
 
@@ -216,8 +225,10 @@ def fit_families(
 
     `shifted`: the bias takes the mean error up, so the families see the covariance; errors stay relative to the whole product.
     """
-    seen = replace(moments, second=moments.covariance(), mean=torch.zeros_like(moments.mean)) if shifted else moments
-    scale = max((seen.energy(weight) / max(moments.energy(weight), 1e-300)) ** 0.5, 1e-300)
+    seen = moments.centered() if shifted else moments
+    energy = seen.energy(weight)
+    whole = energy + float((weight.double() @ moments.mean).square().sum()) if shifted else energy
+    scale = max((energy / max(whole, 1e-300)) ** 0.5, 1e-300)
     fits: list[Fitted] = []
     refusals: list[str] = []
     for structure in sorted(structures, key=lambda s: s.iterative):
@@ -254,5 +265,5 @@ def best_that_pays(context: Context, site: Site, weight: Tensor, fits: Sequence[
         if total < totals[0]:
             return fit, []
         at = ", ".join(map(str, context.tokens))
-        lost.append(f"{fit.spelling} does not pay: {1e3 * total:.3f} ms against {1e3 * totals[0]:.3f} ms dense at {at} tokens")
+        lost.append(f"{fit.spelling} does not pay: {1e3 * total:.3f} ms against {1e3 * totals[0]:.3f} ms dense at T={at}")
     return None, lost

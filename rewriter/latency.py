@@ -86,6 +86,5 @@ def _row(
 
 
 def grew(rows: Sequence[Latency]) -> bool:
-    """Whether the rewritten model is slower at every token count that was measured, beyond the spread."""
-    measured = [r for r in rows if r.ratio is not None and r.ratio_spread is not None]
-    return bool(measured) and all(r.ratio < 1 and r.ratio_spread[1] < 1 for r in measured)  # type: ignore[operator, index]
+    """Whether the rewritten model is slower at a token count that was asked for, beyond the spread of the measurement."""
+    return any(r.ratio < 0.97 and r.ratio_spread[1] < 1 for r in rows if r.ratio is not None and r.ratio_spread is not None)

@@ -7,7 +7,8 @@ to the product itself. Where a bias can take the mean error up, H is the covaria
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Moments:
     mean: Tensor  # (n,) float64
     count: int  # rows seen; 0 where the moments come from a formula
     law: str  # which inputs, for the report
+    memo: list[tuple[weakref.ref[Tensor], float]] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property
     def features(self) -> int:
@@ -28,12 +30,21 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """E[(x - mean)(x - mean)^T], (n, n)."""
-        return self.second - torch.outer(self.mean, self.mean)
+        return torch.addr(self.second, self.mean, self.mean, alpha=-1)
+
+    def centered(self) -> Moments:
+        """The moments of x - mean: what a fit sees whose bias takes the mean error up."""
+        return replace(self, second=self.covariance(), mean=torch.zeros_like(self.mean))
 
     def energy(self, weight: Tensor) -> float:
-        """E|W x|^2 for an (m, n) weight."""
+        """E|W x|^2 for an (m, n) weight; remembered for the weight that was asked last, as every family asks it."""
+        for known, value in self.memo:
+            if known() is weight:
+                return value
         w = weight.double()
-        return float(((w @ self.second) * w).sum().clamp_min(0))
+        value = float(((w @ self.second) * w).sum().clamp_min(0))
+        self.memo[:] = [(weakref.ref(weight), value)]
+        return value
 
     def error(self, weight: Tensor, approximation: Tensor, shifted: bool = False) -> float:
         """The relative weighted error of an (m, n) approximation; `shifted`: the bias takes the mean error up."""
@@ -91,9 +102,16 @@ class Accumulator:
         self.count += len(rows)
 
     def moments(self, law: str) -> Moments:
-        """The averages so far; at least one row must have been seen."""
+        """The averages so far, the accumulator being used up; at least one row must have been seen.
+
+        Few rows say little of many directions: with N rows of n features the covariance is shrunk towards its diagonal by
+        min(1/2, n / 10 N), after Ledoit and Wolf (2004), so that a fit does not take directions that no row happened to show for dead ones.
+        """
         assert self.origin is not None
         offset = self.total / self.count
         mean = self.origin.double() + offset
-        covariance = self.square / self.count - torch.outer(offset, offset)
-        return Moments(covariance + torch.outer(mean, mean), mean, self.count, law)
+        covariance = self.square.div_(self.count).addr_(offset, offset, alpha=-1)
+        kept = 1 - min(0.5, len(mean) / (10 * self.count))
+        diagonal = covariance.diagonal().clone()
+        covariance.mul_(kept).diagonal().copy_(diagonal)
+        return Moments(covariance.addr_(mean, mean), mean, self.count, law)

@@ -128,7 +128,7 @@ def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
     """How far B's outputs are from A's, on --data or invented inputs."""
     first, second = _open(a, options), _open(b, options)
     _same_interface(first.graph, second.graph)
-    samples = sampling.collect(first, options.data, options.samples, options.seed).held_out
+    samples = sampling.everything(first, options.data, options.samples, options.seed)
     found = certify(first.graph.run, second.graph.run, samples, options.max_error, _metric(options))
     return found, 3 if options.max_error is not None and found.upper > options.max_error else 0
 
@@ -185,7 +185,17 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
     for step in passes:
         step.requires(graph)
     context = _context(options, passes, target, Calibration(graph, samples.calibration, progress), selected, decisions)
-    return Job(options, source, graph, target, samples, sites, context, begin, passes, [*warn_untested(), *source.notes])
+    return Job(
+        options, source, graph, target, samples, sites, context, begin, passes, [*warn_untested(), *source.notes, *_widened(target, sites)]
+    )
+
+
+def _widened(target: Target, sites: Sequence[Site]) -> list[str]:
+    """What the target stores in another type than the model does."""
+    types = {s.dtype for s in sites if s.dtype is not None and target.stored(s.dtype) != s.dtype}
+    return [
+        f"{str(t).removeprefix('torch.')} weights are stored as {target.stored(t)} for {target.name}".replace("torch.", "") for t in types
+    ]
 
 
 def _context(
@@ -221,7 +231,7 @@ def _target(options: Options, source: Any, out: str | None) -> Target:
         name = {".onnx": "onnxruntime", ".pt2": "torch"}.get(suffix) or ("onnxruntime" if source.graph.format == "onnx" else "torch")
     if name not in registry.targets():
         raise RewriteError(f"--target {name} is unknown; give one of {', '.join(registry.targets())}")
-    target: Target = registry.targets()[name]()
+    target: Target = registry.targets()[name](options.provider)
     if source.graph.format not in target.accepts:
         raise RewriteError(f"--target {name} needs a torch model, this one is ONNX; give --target onnxruntime or onnx")
     return target
@@ -318,7 +328,7 @@ def _emit(job: Job, out: Path | None) -> Result:
     folder = Path(scratch.name)
     name = out.name if out else f"model{job.target.suffix}"
     draft = _report(job, None, [], {}, planned=False)
-    provenance = {"report": draft.to_json()}
+    provenance = {"report": dataclasses.replace(draft, seconds=0.0).to_json()}  # same seed, same bytes
     emission = EmitOptions(options.opset, options.flatten, options.token_counts, options.threads, provenance)
     emitted = folder / name
     job.target.emit(job.graph, emitted, emission)
@@ -333,7 +343,7 @@ def _emit(job: Job, out: Path | None) -> Result:
         if options.timing:
             explicit = parse_dims(options.dims) if options.dims else {}
             rows = latencies(job.target, dense, emitted, job.graph, job.source.specs, explicit, options.token_counts, options.threads)
-        failure = _not_smaller(options, rows, nbytes, job)
+        failure = _not_smaller(options, rows, nbytes, job, 4 * len(provenance["report"]))
         shutil.rmtree(folder / "dense")
     report = _report(job, error, rows, nbytes, planned=False)
     if failure is not None:
@@ -360,14 +370,17 @@ def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
     return None
 
 
-def _not_smaller(options: Options, rows: Sequence[Latency], nbytes: Mapping[str, int | None], job: Job) -> tuple[int, str] | None:
+def _not_smaller(
+    options: Options, rows: Sequence[Latency], nbytes: Mapping[str, int | None], job: Job, stored: int
+) -> tuple[int, str] | None:
+    """An output that is larger or slower than the dense model is not written without --force."""
     if options.force or not job.rewritten:
         return None
     dense, now = nbytes["dense"], nbytes["rewritten"]
-    if dense is not None and now is not None and now > dense * 1.001:
+    if dense is not None and now is not None and now - stored > dense:  # the report that travels in the model is no weight
         return 1, f"the output grew from {dense:,} to {now:,} bytes; nothing was written (--force writes it all the same)"
     if grew(rows):
-        said = ", ".join(f"{r.ratio:.2f}x at {r.tokens} tokens" for r in rows if r.ratio is not None)
+        said = ", ".join(f"{r.ratio:.2f}x at T={r.tokens}" for r in rows if r.ratio is not None)
         return 1, f"the rewritten model is slower than dense ({said}); nothing was written (--force writes it all the same)"
     return None
 
@@ -387,7 +400,7 @@ def publish(emitted: Path, out: Path, force: bool) -> Path:
 
 
 def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: dict[str, int | None], planned: bool) -> Report:
-    sites = [site_row(job.decisions[s.id], planned) for s in job.sites]
+    sites = [site_row(job.decisions[s.id], planned, job.target.stored) for s in job.sites]
     source = job.source
     return Report(
         model={"path": source.path, "sha256": source.sha256, "format": source.format},

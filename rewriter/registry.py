@@ -68,8 +68,8 @@ def targets() -> dict[str, Any]:
     return {name: functools.partial(_make, *where.split(":")) for name, where in modules.items()}
 
 
-def _make(module: str, kind: str) -> Any:
-    return getattr(importlib.import_module(f"rewriter.backends.{module}"), kind)()
+def _make(module: str, kind: str, provider: str = "CPUExecutionProvider") -> Any:
+    return getattr(importlib.import_module(f"rewriter.backends.{module}"), kind)(provider)
 
 
 def parse_passes(text: str) -> list[Any]:

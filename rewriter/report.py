@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rewriter.cache import write_atomically
 from rewriter.cost import Cost
@@ -161,12 +163,15 @@ def _output_error(content: Mapping[str, Any] | None) -> OutputError | None:
     return OutputError(**{**content, **unknown})
 
 
-def site_row(decision: Decision, planned: bool) -> SiteRow:
-    """A decision as the report says it."""
+def site_row(decision: Decision, planned: bool, stored: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype) -> SiteRow:
+    """A decision as the report says it; bytes are those of `stored`, the type that the target's file holds weights in."""
     site, status = decision.site, "kept"
     if decision.rewritten:
         status = "planned" if planned else "rewritten"
     units = {u: {"before": decision.before.of(u), "after": decision.after.of(u)} for u in ("params", "flops", "nbytes")}
+    if site.dtype is not None and stored(site.dtype) != site.dtype:
+        wider = stored(site.dtype).itemsize / site.dtype.itemsize
+        units["nbytes"] = {when: round(nbytes * wider) for when, nbytes in units["nbytes"].items()}
     dtype = str(site.dtype).removeprefix("torch.") if site.dtype else None
     shape = list(site.shape) if site.shape else None
     structure = decision.structure or None

@@ -18,12 +18,11 @@ from rewriter.cache import digest
 from rewriter.calibrate import Samples
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Value
-from rewriter.inputs import InputLaw, InputSpec, batches, dim_names, invent
+from rewriter.inputs import InputLaw, InputSpec, batches, invent
 
 BATCH = 16
 HOLD_OUT = 8  # every eighth
 LEAST_TO_SPLIT = 32
-LENGTH = 128  # of a sequence that is invented
 _THROUGH = {
     "cast",
     "identity",
@@ -93,9 +92,8 @@ def _step(specs: Sequence[InputSpec]) -> int:
 def collect(source: Any, data: Any, count: int, seed: int) -> Split:
     """The samples of a run: `data` is None, a path, a mapping of arrays or a list of lines."""
     if data is None:
-        sizes = invented_sizes(source.specs, source.sizes)
-        first = invented(source.graph, source.specs, sizes, count, seed)
-        return Split(first, invented(source.graph, source.specs, sizes, max(count // 4, 16), seed + 1))
+        first = invented(source.graph, source.specs, source.sizes, count, seed)
+        return Split(first, invented(source.graph, source.specs, source.sizes, max(count // 4, 16), seed + 1))
     if isinstance(data, str | Path):
         return _from_file(source, Path(data))
     if isinstance(data, Mapping):
@@ -103,9 +101,15 @@ def collect(source: Any, data: Any, count: int, seed: int) -> Split:
     return _from_lines(source, list(data), "text: given in memory")
 
 
-def invented_sizes(specs: Sequence[InputSpec], given: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of the dynamic dimensions for invented samples: those given, else `LENGTH`."""
-    return {name: given.get(name, LENGTH) for name in dim_names(specs)}
+def everything(source: Any, data: Any, count: int, seed: int) -> Samples:
+    """All samples, where nothing has to be held out."""
+    if data is None:
+        return invented(source.graph, source.specs, source.sizes, count, seed)
+    split = collect(source, data, count, seed)
+    if split.calibration is split.held_out:
+        return split.held_out
+    law = split.calibration.law
+    return Samples([*split.calibration.batches, *split.held_out.batches], law, digest(split.calibration.key, split.held_out.key))
 
 
 def _from_file(source: Any, path: Path) -> Split:

@@ -89,7 +89,7 @@ def main() -> None:
         text.write_text("\n".join(sentences) + "\n", encoding="utf-8")
         forms = stored_forms(work, sentences)
         cases = [("folder", "torch"), ("folder", "onnxruntime"), ("pt2", "torch"), ("pt2", "onnxruntime"), ("onnx", "onnxruntime")]
-        table = Table(title=f"all-MiniLM-L6-v2, encoder linears to {SHARE:.0%} of params; judged on {len(lines)} sentences of other files")
+        table = Table(title=f"linears to {SHARE:.0%} of params, judged on {len(lines)} sentences of other files")
         for head in ("input", "target", "sites", "params", "sites worse than low rank", "cosine auto", "cosine low rank", "output error auto"):
             table.add_column(head)
         for form, target in cases[: 1 if quick else None]:

@@ -2,7 +2,7 @@
 
     python tools/bench_ort.py
 
-Weights are cold at few tokens (many copies in turn). Before anything is printed every form is compared with the eager oracle. A figure is the
+Before anything is printed every form is compared with the eager oracle. A figure is the
 median of the repeats, each of which is a fresh paired measurement; the range in brackets is their least and largest.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def _folder(path: Path, options: Options) -> Source:
     program = export_folder(model, given)
     sizes = fill_sizes(model.specs, given)
     encode = model.encode if model.tokenizer is not None else None
-    return _source(_fx(program), "folder", path, model.specs, sizes, encode)
+    return replace(_source(_fx(program), "folder", path, model.specs, sizes, encode), notes=(model.describe,))
 
 
 def _adapter(text: str) -> tuple[str, float]:

@@ -16,7 +16,7 @@ import torch
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.opaque import opaque, skeleton
 from rewriter.backends.onnx.ops import LOWERINGS
-from rewriter.backends.onnx.run import Session
+from rewriter.backends.onnx.run import CPU, Session
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.cache import default_folder, digest, hardware, measured, write_atomically
 from rewriter.operator import AbstractMatrix, flatten, unflatten
@@ -30,7 +30,7 @@ SECONDS = 0.2  # for each form
 RUNTIME = f"onnxruntime {version('onnxruntime')}, {' '.join(LOWERINGS)}"  # a new lowering is a new comparison
 
 
-def measure(forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
+def measure(forms: Sequence[AbstractMatrix], tokens: int, threads: int, provider: str = CPU) -> list[float]:
     """Seconds per call of each form on `tokens` rows, each in the lowering that is fastest there."""
     known: dict[str, list[AbstractMatrix]] = {}
     for form in forms:
@@ -41,10 +41,10 @@ def measure(forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[
 
         choose = chooser((tokens,), threads)
         specs = list(known)
-        seconds = dict(zip(specs, time_bodies([(s, choose(s, 2)) for s in specs], 2, tokens, threads), strict=True))
+        seconds = dict(zip(specs, time_bodies([(s, choose(s, 2)) for s in specs], 2, tokens, threads, provider), strict=True))
         return [seconds[flatten(form)[1]] for form in forms]
 
-    return measured(RUNTIME, forms, tokens, threads, time)
+    return measured(f"{RUNTIME} {provider}", forms, tokens, threads, time)
 
 
 def measure_lowerings(spec: str, rank: int, lowerings: Sequence[str], tokens: int, threads: int) -> list[float]:
@@ -72,10 +72,10 @@ def _stored(path: Path) -> list[float]:
         return []
 
 
-def time_bodies(bodies: Sequence[tuple[str, str]], rank: int, tokens: int, threads: int) -> list[float]:
+def time_bodies(bodies: Sequence[tuple[str, str]], rank: int, tokens: int, threads: int, provider: str = CPU) -> list[float]:
     """Seconds of (spec, lowering) pairs, interleaved; never stored."""
     copies = [_copies(spec, tokens) for spec, _ in bodies]
-    calls = [_call(spec, lowering, rank, tokens, threads, count) for (spec, lowering), count in zip(bodies, copies, strict=True)]
+    calls = [_call(spec, lowering, rank, tokens, threads, count, provider) for (spec, lowering), count in zip(bodies, copies, strict=True)]
     timing = interleave(calls, seconds=SECONDS)
     return [timing.seconds(i) / count for i, count in enumerate(copies)]
 
@@ -87,12 +87,12 @@ def _copies(spec: str, tokens: int) -> int:
     return max(MANY_TOKENS_COPIES, min(MOST_COPIES, -(-COLD_BYTES // max(operator.cost().nbytes, 1))))
 
 
-def _call(spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int) -> Callable[[], object]:
+def _call(spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int, provider: str) -> Callable[[], object]:
     """A session over several copies with weights of their own, each reading the same x."""
     operator, _ = skeleton(spec)
     model = stacked([_random(spec, seed) for seed in range(copies)], rank)
     attach(model, lambda _spec, _rank: lowering)
-    session = Session(ir.to_proto(model).SerializeToString(), threads)
+    session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider)
     feeds = session.arrays({"x": torch.randn(*[1] * (rank - 2), *[tokens][: rank - 1], operator.shape[1])})
     return lambda: session.session.run(None, feeds)
 

@@ -20,8 +20,17 @@ from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 
 MAX_PROTO = 512 << 20  # bytes of weights that go through memory; more goes through a file that ONNX Runtime maps
+CPU = "CPUExecutionProvider"
 TAPPED_BYTES = 256 << 20  # of tapped values that are held at once
 _FLOATS = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16}
+
+
+def check_provider(provider: str) -> None:
+    """RewriteError unless this build of ONNX Runtime has the execution provider."""
+    import onnxruntime as ort
+
+    if provider not in (known := ort.get_available_providers()):  # type: ignore[attr-defined]
+        raise RewriteError(f"--provider {provider} is not in this ONNX Runtime; it has {', '.join(known)}")
 
 
 class Session:
@@ -30,7 +39,7 @@ class Session:
     As a user gets it; `faithful`: quantised weights are multiplied in the model's own float type, and waiting threads sleep.
     """
 
-    def __init__(self, model: str | bytes, threads: int, faithful: bool = False) -> None:
+    def __init__(self, model: str | bytes, threads: int, faithful: bool = False, provider: str = CPU) -> None:
         import onnxruntime as ort  # heavy, and only a run needs it
 
         options = ort.SessionOptions()  # type: ignore[attr-defined]
@@ -40,7 +49,7 @@ class Session:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")  # else activations are rounded to int8
         try:
-            self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])  # type: ignore[attr-defined]
+            self.session = ort.InferenceSession(model, options, providers=list(dict.fromkeys([provider, CPU])))  # type: ignore[attr-defined]
         except Exception as problem:
             raise RewriteError(f"ONNX Runtime cannot load the model: {one_line(problem)}") from problem
         self.input_types = {i.name: i.type for i in self.session.get_inputs()}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 from rewriter.backend import EmitOptions, Runner
 from rewriter.backends.files.onnx_file import load_onnx, save_onnx
@@ -18,7 +19,7 @@ from rewriter.backends.onnx.int8 import open_int8
 from rewriter.backends.onnx.lowering import chooser
 from rewriter.backends.onnx.measure import measure
 from rewriter.backends.onnx.opaque import DOMAIN
-from rewriter.backends.onnx.run import Session, loadable
+from rewriter.backends.onnx.run import CPU, Session, check_provider, loadable
 from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
@@ -33,6 +34,13 @@ class OnnxTarget:
     name = "onnx"
     suffix = ".onnx"
     accepts = ("onnx", "torch")
+
+    def __init__(self, provider: str = CPU) -> None:
+        check_provider(provider)
+        self.provider = provider
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
     def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
         model = source_model(graph, options)
@@ -50,22 +58,25 @@ class OnnxTarget:
     def open(self, path: Path, threads: int) -> Runner:
         model = load_onnx(path)  # what the file says about itself and its data is checked before ONNX Runtime reads it
         if not needs_widening(model):
-            return Session(str(path), threads)
+            return Session(str(path), threads, provider=self.provider)
         widen(model)
         with loadable(model) as source:
-            return Session(source, threads)
+            return Session(source, threads, provider=self.provider)
 
     def open_int8(self, path: Path, threads: int) -> Runner:
         return open_int8(path, threads)
 
     def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
-        return measure(forms, tokens, threads)
+        return measure(forms, tokens, threads, self.provider)
 
 
 class OnnxRuntimeTarget(OnnxTarget):
     """ONNX Runtime on the CPU."""
 
     name = "onnxruntime"
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if dtype == torch.bfloat16 else dtype
 
     def prepare(self, model: ir.Model) -> None:
         """Its CPU has no bfloat16 product; every domain that it knows is welcome."""

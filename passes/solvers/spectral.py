@@ -20,8 +20,11 @@ def ridged(second: Tensor, ridge: float = RIDGE) -> Tensor:
     """H + ridge * mean(diag H) * I in float64, (n, n); the identity where H is zero. H must be finite."""
     h = second.double()
     scale = float(h.diagonal().mean()) if len(h) else 0.0
-    eye = torch.eye(len(h), dtype=torch.float64)
-    return eye if scale <= 0 else h + ridge * scale * eye
+    if scale <= 0:
+        return torch.eye(len(h), dtype=torch.float64)
+    h = h.clone() if h is second else h
+    h.diagonal().add_(ridge * scale)
+    return h
 
 
 def cholesky(gram: Tensor, ridge: float) -> Tensor:
@@ -32,7 +35,7 @@ def cholesky(gram: Tensor, ridge: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram + ridge * scale * eye)
         if not bool(failed.any()):
             return torch.as_tensor(factor)
-        ridge *= 10
+        ridge = max(10 * ridge, torch.finfo(gram.dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class Spectrum:
 
 def spectrum(weight: Tensor, second: Tensor) -> Spectrum:
     """The decomposition of an (m, n) weight under H (n, n); one eigenproblem of size min(m, n). Inputs must be finite."""
-    w, h = weight.double(), ridged(second)
+    w, h = weight.double(), second.double()
     side, core = (None, w) if w.shape[0] <= w.shape[1] else torch.linalg.qr(w)
+    scale = float(h.diagonal().mean()) if len(h) else 0.0
     if len(core) > FP64_SIZE:
         core, h = core.float(), h.float()
-    gram = core @ h @ core.T
+    gram = core @ core.T  # of W (H + ridge) W^T, without a copy of H; the identity stands for an H of zeros
+    gram = gram if scale <= 0 else core @ h @ core.T + RIDGE * scale * gram
     vectors = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1).double()
     return Spectrum(w, vectors if side is None else side @ vectors, gram, side)

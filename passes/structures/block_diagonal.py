@@ -19,7 +19,7 @@ from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
 from rewriter.passes.solvers.block_descent import PROXIMAL
 from rewriter.passes.solvers.components import Component, adopt_zeros, components
-from rewriter.passes.solvers.spectral import ridged
+from rewriter.passes.solvers.spectral import cholesky, ridged
 from rewriter.passes.structures._common import exact, fitted, too_dear, unusable
 from rewriter.structure import AbstractStructure, Fitted, NoMatch
 
@@ -98,7 +98,7 @@ def _keep(weight: Tensor, moments: Moments, k: int) -> AbstractMatrix:
             continue
         others = weight[rows].double()
         others[:, columns] = 0
-        factor = torch.linalg.cholesky(ridged(h[columns, columns], PROXIMAL))
+        factor = cholesky(h[columns, columns], PROXIMAL)
         own = own + torch.cholesky_solve((others @ h[:, columns]).T, factor).T
         blocks[b, : own.shape[1], : own.shape[0]] = own.T
     return _permuted(BlockDiagonal(blocks), _behind(n, k * q), torch.arange(m), n)
