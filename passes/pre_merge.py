@@ -27,7 +27,7 @@ from rewriter.rule import AbstractPass, Context, Decision
 
 @dataclass(frozen=True)
 class PreMerge(AbstractPass):
-    """Plans products of factors: chains of linears merge where that is faster, and where speed is the objective slow sites go back to dense."""
+    summary: ClassVar[str] = "merges chains of linears where that is faster; with objective ms undoes slow rewrites"
 
     name: ClassVar[str] = "pre-merge"
     summary: ClassVar[str] = (
