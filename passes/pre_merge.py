@@ -27,7 +27,7 @@ from rewriter.rule import AbstractPass, Context, Decision
 
 @dataclass(frozen=True)
 class PreMerge(AbstractPass):
-    summary: ClassVar[str] = "merges chains of linears where that is faster; with objective ms undoes slow rewrites"
+    """Plans products of factors: chains of linears merge where that is faster; where speed is the objective slow sites go back to dense."""
 
     name: ClassVar[str] = "pre-merge"
     summary: ClassVar[str] = (

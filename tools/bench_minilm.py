@@ -90,7 +90,7 @@ def main() -> None:
         forms = stored_forms(work, sentences)
         cases = [("folder", "torch"), ("folder", "onnxruntime"), ("pt2", "torch"), ("pt2", "onnxruntime"), ("onnx", "onnxruntime")]
         table = Table(title=f"linears to {SHARE:.0%} of params, judged on {len(lines)} sentences of other files")
-        table = Table(title=f"linears to {SHARE:.0%} of params, judged on {len(lines)} sentences of other files")
+        for head in ("input", "target", "sites", "params", "sites worse", "cosine auto", "cosine low rank", "output error auto"):
             table.add_column(head)
         for form, target in cases[: 1 if quick else None]:
             data = text if form == "folder" else forms["npz"]
