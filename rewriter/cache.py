@@ -46,6 +46,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """A file's whole content, where `write_atomically` wants a function."""
     path.write_text(text)
 
 

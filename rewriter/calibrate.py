@@ -7,7 +7,6 @@ each group costs one pass over the samples. Sites that read the same value share
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,14 +36,6 @@ class Samples:
         return sum(rows(batch) for batch in self.batches)
 
 
-def release() -> None:
-    """Hand freed memory back to the system where libc can: moments of middling size are kept by its arenas otherwise, group after group."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return
-
-
 def rows(feeds: Feeds) -> int:
     """Samples in a batch: the first axis of its inputs."""
     return max((len(t) for t in feeds.values() if t.dim()), default=0)
@@ -59,7 +50,9 @@ def padding_mask(feeds: Feeds) -> Tensor | None:
 
 
 def unpadded(value: Tensor, mask: Tensor | None) -> Tensor:
-    """The real rows of (batch, seq, …); everything where the value has no such axes."""
+    """The real rows of (batch, seq, …) or (batch * seq, n); everything where the value has no such axes."""
+    if mask is not None and value.dim() == 2 and len(value) == mask.numel():
+        return value[mask.flatten()]
     if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape:
         return value
     return value[mask]
@@ -85,14 +78,13 @@ class Calibration:
             found.clear()
             yield held
             held.clear()
-            release()
 
     def _groups(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         limit, group, used, seen = SHARE * self.graph.nbytes(), list[Site](), 0, set[object]()
         for site in sites:
             assert site.shape is not None
             nbytes = 0 if _source(site) in seen else 8 * site.shape[1] ** 2
-            if group and used + nbytes > limit:
+            if group and nbytes and used + nbytes > limit:
                 yield group
                 group, used, seen = [], 0, set()
                 nbytes = 8 * site.shape[1] ** 2
@@ -150,10 +142,8 @@ def _source(site: Site) -> object:
 
 def _feeder(accumulator: Accumulator, layout: Layout) -> Callable[[Tensor, Tensor | None], None]:
     def feed(x: Tensor, mask: Tensor | None) -> None:
-        if layout.before:
-            accumulator.update(x.permute(layout.before).flatten(-layout.join))
-        else:
-            accumulator.update(unpadded(x, mask).flatten(-layout.join))
+        ordered = x.permute(layout.before) if layout.before else x
+        accumulator.update(unpadded(ordered.flatten(-layout.join), mask))
 
     return feed
 

@@ -22,7 +22,7 @@ class Moments:
     mean: Tensor  # (n,) float64
     count: int  # rows seen; 0 where the moments come from a formula
     law: str  # which inputs, for the report
-    memo: list[tuple[weakref.ref[Tensor], float]] = field(default_factory=list, init=False, compare=False, repr=False)
+    memo: list[tuple[weakref.ref[Tensor], int, float]] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property
     def features(self) -> int:
@@ -38,12 +38,13 @@ class Moments:
 
     def energy(self, weight: Tensor) -> float:
         """E|W x|^2 for an (m, n) weight; remembered for the weight that was asked last, as every family asks it."""
-        for known, value in self.memo:
-            if known() is weight:
+        version = 0 if weight.is_inference() else weight._version  # counts changes in place
+        for known, then, value in self.memo:
+            if known() is weight and then == version:
                 return value
         w = weight.double()
         value = float(((w @ self.second) * w).sum().clamp_min(0))
-        self.memo[:] = [(weakref.ref(weight), value)]
+        self.memo[:] = [(weakref.ref(weight), version, value)]
         return value
 
     def error(self, weight: Tensor, approximation: Tensor, shifted: bool = False) -> float:

@@ -87,7 +87,7 @@ def _certificate(name: str, tally: _Tally, samples: Samples, bound: float | None
         estimate=estimate,
         half_width=half,
         confidence=CONFIDENCE,
-        p99=float(each.quantile(0.99)),
+        p99=float(each.quantile(0.99).nan_to_num(math.inf)),
         max=float(each.max()),
         cosine=cosine,
         law=samples.law,
@@ -105,11 +105,13 @@ def ratio(lost: float, norm: float) -> float:
 
 
 def student_t(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Mean and half width of the t interval; one value has no interval (half width inf), unless all is exact."""
+    """Mean and half width of the t interval; a single one has no interval (inf) unless it is exact; inf or NaN among them: inf."""
     from scipy import special
 
     n = len(values)
     mean = sum(values) / n
+    if not math.isfinite(mean):
+        return math.inf, math.inf
     if n == 1:
         return mean, 0.0 if mean == 0 else math.inf
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
