@@ -24,6 +24,7 @@ from rewriter.fit import site_cost
 from rewriter.graph import Graph, Site
 from rewriter.inputs import parse_dims
 from rewriter.latency import grew, latencies
+from rewriter.memory import return_freed_blocks
 from rewriter.options import Options
 from rewriter.progress import Progress
 from rewriter.report import Latency, OutputError, Report, site_row
@@ -171,6 +172,7 @@ def _same_interface(a: Graph, b: Graph) -> None:
 
 def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractPass] | None) -> Job:
     begin = time.perf_counter()
+    return_freed_blocks()
     progress = Progress(options.quiet)
     passes = registry.parse_passes(options.passes) if passes is None else passes
     if not passes:
