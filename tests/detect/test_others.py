@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.passes.detect.others import NO_PASS
-from tests.fx.models import BATCH, Net, graph, normal, sites
+from tests.fx.models import BATCH, Net, Together, graph, normal, sites
 
 X = normal(BATCH, 5, 8)
 
@@ -45,9 +45,15 @@ ATTENTION: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention(name: str) -> None:
-    assert kinds(ATTENTION[name]) == ["attention"]
+def test_attention() -> None:
+    """One for each form, and each at its own output."""
+    g = graph(Together(Net(function) for function in ATTENTION.values()), X)
+    found = [s for s in sites(g) if s.kind != "linear"]
+    assert all(s.reason == NO_PASS and s.shape is None and s.places for s in found)
+    scopes = [g.scope(s.places[0].nodes[0]) for s in found if s.kind == "attention"]
+    missed = [name for i, name in enumerate(ATTENTION) if scopes.count(f"nets.{i}") != 1]
+    assert missed == []
+    assert len(found) == len(ATTENTION)
 
 
 NONE: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,21 @@ class Net(nn.Module):
         super().__init__()
         self.function = function
         for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) and part.is_floating_point() else part)
+            setattr(self, name, nn.Parameter(part.clone()) if isinstance(part, Tensor) and part.is_floating_point() else part)
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
+
+
+class Together(nn.Module):
+    """Many nets on one input: one export for all of them; net i is called `nets.i`."""
+
+    def __init__(self, nets: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x: Tensor) -> list[Any]:
+        return [net(x) for net in self.nets]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
