@@ -20,7 +20,7 @@ from rewriter.backends.fx import edit, names
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import SITE
 from rewriter.backends.fx.interpreter import run
-from rewriter.backends.fx.trace import decomposed
+from rewriter.backends.fx.trace import decomposed, settle_attention
 from rewriter.graph import Place, Site
 from rewriter.inputs import InputSpec
 from rewriter.operator import AbstractMatrix, flatten, unflatten
@@ -241,6 +241,7 @@ class FxGraph:
 
         clean = self.clone()
         clean.prune()
+        settle_attention(clean.program)
         return to_onnx(clean.program, opset, self._output_names)
 
     def specs(self) -> list[InputSpec]:

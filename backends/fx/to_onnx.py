@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, values
 
+from rewriter.backends.files.archive import one_line
 from rewriter.backends.fx.custom_op import SITE
 from rewriter.backends.fx.trace import symbolic_recurrences
 from rewriter.errors import RewriteError
@@ -62,7 +63,10 @@ def to_onnx(program: ExportedProgram, opset: int, output_names: Sequence[str]) -
                 verbose=False,
             )
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            first = one_line(cause) or type(error).__name__
             raise RewriteError(f"torch.onnx cannot export this model: {first}; write a .pt2 with --target torch instead") from error
     assert exported is not None
     return exported.model

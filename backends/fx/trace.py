@@ -47,3 +47,18 @@ def free_strides(program: ExportedProgram) -> ExportedProgram:
             node.target = torch.ops.aten.reshape.default
         body.module.recompile()
     return program
+
+
+def settle_attention(program: ExportedProgram) -> None:
+    """Copy attention's result into plain order: a later decomposition lays it out another way than its readers were traced with.
+
+    The copy is an identity in ONNX; without it the exporter fails on models that pass a position bias as the mask (T5).
+    """
+    for body in bodies(program):
+        graph = body.module.graph
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+            with graph.inserting_after(node):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+        body.module.recompile()

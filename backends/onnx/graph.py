@@ -161,7 +161,7 @@ class OnnxGraph:
         before = set(self.model.graph.initializers)
         factors, spec = store_factors(self.model, self._names, site.name, operator)
         total = Bias(self.model, self._names, self.constants, site, shift)
-        edit = Edit()
+        edit = self._spliced[site.id] = Edit()  # known before the first place, so that a later one reads this one's new output
         for place in site.places:
             tape = Tape()
             bias = None if place.bias is None else self._current(place.bias)
@@ -170,7 +170,6 @@ class OnnxGraph:
             edit.pairs.append((place.y, new))
             edit.nodes.extend(tape.nodes)
         edit.stored.extend(name for name in self.model.graph.initializers if name not in before)
-        self._spliced[site.id] = edit
         self._edited()
 
     def _current(self, value: ir.Value) -> ir.Value:
