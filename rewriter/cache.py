@@ -9,11 +9,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewriter.operator import AbstractMatrix, flatten, unflatten
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 VERSION = "1"  # of the entries' format and of the fits' mathematics: raise it when either changes
 
@@ -30,6 +33,17 @@ def digest(*parts: object) -> str:
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
         total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()[:32]
+
+
+def fingerprint(nodes: Iterable[str], stored: Iterable[tuple[str, Buffer]]) -> str:
+    """A hash of a graph: its nodes as text, the bytes of its named tensors one at a time."""
+    total = hashlib.sha256(VERSION.encode())
+    for node in nodes:
+        total.update(f"{node}\n".encode())
+    for name, data in stored:
+        total.update(f"{name}\n".encode())
         total.update(data)
     return total.hexdigest()[:32]
 

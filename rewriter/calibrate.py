@@ -60,7 +60,7 @@ def unpadded(value: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass
 class Calibration:
-    """Moments on demand, for the model as it was given (`graph` is never rewritten)."""
+    """Moments on demand, for the graph as it stands: a second pass sees what the first one left."""
 
     graph: Graph
     samples: Samples | None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriter.algebra import Dense
-from rewriter.cache import digest
+from rewriter.cache import digest, hardware
 from rewriter.cost import Cost, dense_cost
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site, load_weight
@@ -61,11 +61,13 @@ def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision
         else:
             open_sites.append(site)
 
+    model = graph.fingerprint()
+
     def first_look(site: Site) -> Decision | None:
         found = _discovered(graph, plan, site)
         if found is None and not plan.lossy:
             return _keep(site, "not an exact member of any family; a lossy form needs a bound: params=, --budget or --max-error")
-        return found or _cached(graph, context, plan, site)
+        return found or _cached(context, site, _fit_key(model, context, plan, site))
 
     missing = []
     for site, decision in context.progress.track(in_parallel(first_look, open_sites), "looking for exact structure", len(open_sites)):
@@ -76,15 +78,16 @@ def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision
     workers = 1 if context.objective == "ms" else None  # timings want the machine to themselves
     for group in context.calibration.moments(missing):
         for _, decision in context.progress.track(
-            in_parallel(lambda pair: _fitted(graph, context, plan, *pair), group, workers), "fitting", len(group)
+            in_parallel(lambda pair: _fitted(graph, context, plan, *pair, _fit_key(model, context, plan, pair[0])), group, workers),
+            "fitting",
+            len(group),
         ):
             yield decision
 
 
 def in_parallel(work: Callable[[A], B], items: Iterable[A], workers: int | None = None) -> Iterator[tuple[A, B]]:
-    """(item, work(item)) in order, on a thread for each core, each with one thread of torch: sites are independent, and torch lets go of
-    the
-    interpreter while it computes. Little more than an item a worker is in flight.
+    """(item, work(item)) in order, on a thread for each core, each with one thread of torch: sites are independent, and torch lets
+    go of the interpreter while it computes. Little more than an item a worker is in flight.
 
     An interrupt cancels what has not begun."""
     count = workers or os.cpu_count() or 1
@@ -168,16 +171,15 @@ def _discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
     return Decision(site, reason, before, after, best.operator.to(site.dtype), best.spelling, True, best.weighted_error)
 
 
-def _fit_key(graph: Graph, context: Context, plan: Plan, site: Site) -> str:
-    weight = load_weight(graph, site).contiguous()
-    content = weight.reshape(-1).view(torch.uint8).numpy().tobytes()
+def _fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
+    """What a fit depends on. `model` is the graph's fingerprint: a site's input moments depend on everything before it."""
     asked = ",".join(s.spelling() for s in plan.structures)
-    speed = (context.target.name, context.tokens, context.threads) if context.objective == "ms" else ()
-    return digest(content, site.shape, asked, plan.share, context.objective, speed, context.calibration.key, site.name, context.seed)
+    speed = (context.target.name, context.tokens, context.threads, hardware()) if context.objective == "ms" else ()
+    return digest(model, site.id, asked, plan.share, plan.explicit, context.objective, speed, context.calibration.key, context.seed)
 
 
-def _cached(graph: Graph, context: Context, plan: Plan, site: Site) -> Decision | None:
-    entry = context.fits.get(_fit_key(graph, context, plan, site))
+def _cached(context: Context, site: Site, key: str) -> Decision | None:
+    entry = context.fits.get(key)
     if entry is None:
         return None
     operator, figures = entry
@@ -188,12 +190,12 @@ def _cached(graph: Graph, context: Context, plan: Plan, site: Site) -> Decision 
     return Decision(site, figures["reason"], site_cost(site), cost, operator, figures["structure"], False, figures["error"], shift)
 
 
-def _fitted(graph: Graph, context: Context, plan: Plan, site: Site, moments: Moments | None) -> Decision:
+def _fitted(graph: Graph, context: Context, plan: Plan, site: Site, moments: Moments | None, key: str) -> Decision:
     """Fit, judge and remember."""
     decision = _judged(graph, context, plan, site, moments)
     shift = decision.shift.tolist() if decision.shift is not None else None
     figures = {"reason": decision.reason, "structure": decision.structure, "error": decision.error, "shift": shift}
-    context.fits.put(_fit_key(graph, context, plan, site), decision.operator, figures)
+    context.fits.put(key, decision.operator, figures)
     return decision
 
 

@@ -180,6 +180,10 @@ class Graph(Protocol):
         """Bytes of all stored parameters, tied ones once."""
         ...
 
+    def fingerprint(self) -> str:
+        """A hash of all that `run` depends on: the nodes of every body, their attributes and the stored tensors."""
+        ...
+
     def clone(self) -> Self:
         """An independent graph that shares the stored tensors."""
         ...

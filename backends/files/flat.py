@@ -21,6 +21,7 @@ from rewriter.inputs import InputSpec
 
 PAST = "past_key_values_layers_"
 PRESENT = "present_key_values_layers_"
+CACHES = ("cache", "past_key_values")  # the argument's and the output's name, from transformers 5.24 on and before
 
 
 def model_specs(model: Any, tokenizer_inputs: Sequence[str], with_cache: bool) -> list[InputSpec]:
@@ -72,11 +73,11 @@ def cache_specs(model: Any) -> list[InputSpec]:
 
     plain = plain_class(model)
     generative = model.can_generate() or plain.__name__.endswith("Model")
-    if model.config.is_encoder_decoder or not generative or "past_key_values" not in inspect.signature(plain.forward).parameters:
+    if model.config.is_encoder_decoder or not generative or _cache_argument(plain) is None:
         return []
     with torch.no_grad():
         out = plain.forward(model, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True, return_dict=True)
-    cache = out.get("past_key_values")
+    cache = next((out[name] for name in CACHES if name in out), None)
     if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return []
     specs = []
@@ -88,6 +89,12 @@ def cache_specs(model: Any) -> list[InputSpec]:
             dims = ("batch", tensor.shape[1], "past", tensor.shape[3])
             specs.append(InputSpec(f"{PAST}{i}_{side}", str(tensor.dtype).removeprefix("torch."), dims))
     return specs
+
+
+def _cache_argument(plain: Any) -> str | None:
+    """What the class's forward calls its cache."""
+    accepted = inspect.signature(plain.forward).parameters
+    return next((name for name in CACHES if name in accepted), None)
 
 
 def plain_class(model: Any) -> Any:
@@ -132,7 +139,9 @@ def _model_kwargs(plain: Any, feeds: Mapping[str, Tensor]) -> dict[str, Any]:
         from transformers.cache_utils import DynamicCache
 
         # Without the configuration every layer grows, sliding ones too: the mask applies the window
-        return kwargs | {"past_key_values": DynamicCache(list(zip(past[::2], past[1::2], strict=True))), "use_cache": True}
+        argument = _cache_argument(plain)
+        assert argument is not None
+        return kwargs | {argument: DynamicCache(list(zip(past[::2], past[1::2], strict=True))), "use_cache": True}
     if "use_cache" in inspect.signature(plain.forward).parameters:
         kwargs["use_cache"] = False
     return kwargs

@@ -21,6 +21,7 @@ from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import SITE
 from rewriter.backends.fx.interpreter import run
 from rewriter.backends.fx.trace import decomposed, settle_attention
+from rewriter.cache import fingerprint
 from rewriter.graph import Place, Site
 from rewriter.inputs import InputSpec
 from rewriter.operator import AbstractMatrix, flatten, unflatten
@@ -262,6 +263,11 @@ class FxGraph:
         seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for k, t in tensors.items() if k in stored}
         return sum(seen.values())
 
+    def fingerprint(self) -> str:
+        nodes = (f"{b.name} {n.name} {n.op} {n.target} {n.args} {n.kwargs}" for b in self._bodies.values() for n in b.module.graph.nodes)
+        tensors = {**self.program.state_dict, **self.program.constants}
+        return fingerprint(nodes, (_bytes(name, t) for name, t in tensors.items() if isinstance(t, Tensor)))
+
     def clone(self) -> FxGraph:
         program = self.program
         module = copy.deepcopy(program.graph_module)
@@ -278,3 +284,6 @@ class FxGraph:
         )
         return FxGraph(copied)
 
+
+def _bytes(name: str, tensor: Tensor) -> tuple[str, Any]:
+    return f"{name} {tensor.dtype} {list(tensor.shape)}", tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -24,6 +25,7 @@ from rewriter.backends.onnx.opaque import DOMAIN, SPEC, VERSION, is_opaque, spec
 from rewriter.backends.onnx.run import Tapped
 from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.tensors import torch_dtype
+from rewriter.cache import fingerprint
 from rewriter.errors import RewriteError
 from rewriter.graph import Place, Site
 from rewriter.inputs import InputSpec
@@ -233,6 +235,10 @@ class OnnxGraph:
         tensors = {id(v.const_value): v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None}
         return sum(tensors.values())
 
+    def fingerprint(self) -> str:
+        stored = (v.const_value for v in self.model.graph.initializers.values())
+        return fingerprint(map(_spelled, self.nodes()), (_bytes(t) for t in stored if t is not None))
+
     def clone(self) -> OnnxGraph:
         copy = OnnxGraph.__new__(OnnxGraph)
         copy.model = self.model.clone()
@@ -284,6 +290,25 @@ def _drop_own_functions(model: ir.Model) -> None:
     ours = {node.op_identifier() for node in model.graph.all_nodes() if node.domain == DOMAIN and SPEC in node.metadata_props}
     for identifier in ours & set(model.functions):
         del model.functions[identifier]
+
+
+def _spelled(node: ir.Node) -> str:
+    """All that a node does; nested bodies are walked by themselves."""
+    options = [
+        (a.name, _bytes(a.as_tensor())[1].tobytes() if a.type == ir.AttributeType.TENSOR else str(a.value))
+        for a in node.attributes.values()
+        if a.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    ]
+    values = [[v.name if v is not None else None for v in side] for side in (node.inputs, node.outputs)]
+    return f"{node.domain} {node.op_type} {values} {options}"
+
+
+def _bytes(tensor: ir.TensorProtocol) -> tuple[str, memoryview]:
+    """Its name and type, and its bytes."""
+    held = np.asarray(tensor.numpy())
+    if held.dtype.kind == "O":  # text
+        held = np.frombuffer(repr(held.tolist()).encode(), np.uint8)
+    return f"{tensor.name} {tensor.dtype} {list(held.shape)}", np.ascontiguousarray(held).reshape(-1).view(np.uint8).data
 
 
 def _replace(old: ir.Value, new: ir.Value) -> None:
