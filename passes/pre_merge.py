@@ -1,10 +1,8 @@
 """`pre-merge`: which factors to multiply ahead of time, decided by measurement on the target at the asked token counts.
 
 Chains of linears with nothing between them (an imported W = U V) are one product: each contiguous grouping of the factors is a candidate,
-and the
-fastest wins. A site that an earlier pass factored and whose dense form is faster everywhere gets its ORIGINAL weight back: a fit is never
-merged into a
-dense-sized matrix.
+and the fastest wins. A site that an earlier pass factored and whose dense form is faster everywhere gets its ORIGINAL weight back: a fit is
+never merged into a dense-sized matrix.
 """
 
 from __future__ import annotations

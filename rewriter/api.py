@@ -26,13 +26,10 @@ def rewrite(
 ) -> Result:
     """Rewrite a model: a path, nn.Module, GraphModule, ExportedProgram or onnx_ir.Model.
 
-    passes: as on the command line, or a list of such and of pass objects. inputs: specifications such as "ids:int64[batch,seq]", or
-    example tensors
-    whose first axis then is dynamic; formats that know their inputs need none. data: a path as for --data, a mapping of arrays (axis 0
-    counts
-    samples), or a list of lines for a folder with a tokenizer. Other options are those of `Options`; with `out` the file is written
-    there, else
-    `result.save(path)` writes it. Raises RewriteError for bad input; a run that found nothing has `result.exit_code` 1.
+    passes: as on the command line, or a list of such and of pass objects. inputs: specifications such as "ids:int64[batch,seq]", or example
+    tensors whose first axis then is dynamic; formats that know their inputs need none. data: a path as for --data, a mapping of arrays
+    (axis 0 counts samples), or a list of lines for a folder with a tokenizer. Other options are those of `Options`; with `out` the file is
+    written there, else `result.save(path)` writes it. Raises RewriteError for bad input; a run that found nothing has `result.exit_code` 1.
     """
     given = _options(model, passes, inputs, target, data, options)
     return pipeline.rewrite(model, given, _data(data), publish_to_out=given.out is not None, passes=_objects(passes))

@@ -1,8 +1,7 @@
 """Calibration: the second moments of each site's input, from samples pushed through the model, streamed.
 
 Sites are taken in groups whose moments fit in a share of the model's own size, so that no more than one copy of the model is ever held in
-moments;
-each group costs one pass over the samples. Sites that read the same value share moments. Padding never counts.
+moments; each group costs one pass over the samples. Sites that read the same value share moments. Padding never counts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Graphs and sites: what passes see of a model, whichever format it came in.
 
 A `Graph` wraps an fx or onnx_ir graph behind normalised names, so that detectors and rules are written once. A `Site` is a replaceable
-place:
-the nodes that multiply by one stored weight, how the features lie there, and what the weight is called.
+place: the nodes that multiply by one stored weight, how the features lie there, and what the weight is called.
 """
 
 from __future__ import annotations
@@ -152,8 +151,7 @@ class Graph(Protocol):
 
     def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
         """At each place ONE opaque node that holds the operator, layout changes around it, then bias * bias_scale + shift. The factors
-        become
-        stored parameters named `<site name>.<field>`. The old nodes stay, unused, until `prune`."""
+        become stored parameters named `<site name>.<field>`. The old nodes stay, unused, until `prune`."""
         ...
 
     def restore(self, site: Site) -> None:

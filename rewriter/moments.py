@@ -1,8 +1,8 @@
 """What calibration keeps of a site's input x: count, mean E[x] and second moment E[x x^T], streamed in float64.
 
 The weighted error of a replacement W' of W is sqrt(tr(E H E^T) / tr(W H0 W^T)), E = W - W': the expected error of the site's product
-relative
-to the product itself. Where a bias can take the mean error up, H is the covariance (`centered`), and the shift E mean goes to the bias.
+relative to the product itself. Where a bias can take the mean error up, H is the covariance (`centered`), and the shift E mean goes to the
+bias.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Passes and decisions. A pass looks at sites and decides; every site gets a decision, with its reason.
 
-A pass is a frozen dataclass: requires -> run -> ensures; its fields are its options on the command line. It rewrites by `graph.splice`,
-and what
-it did can be taken back by `graph.restore`, so a later bound can give a site up again.
+A pass is a frozen dataclass: requires -> run -> ensures; its fields are its options on the command line. It rewrites by `graph.splice`, and
+what it did can be taken back by `graph.restore`, so a later bound can give a site up again.
 """
 
 from __future__ import annotations

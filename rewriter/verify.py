@@ -1,9 +1,8 @@
 """The certificate: how far the rewritten model's outputs are from the dense ones, on which inputs, with an interval.
 
 Samples are dealt into R replications; each gives e_r = |y' - y| / |y| over its samples (L2), and the report says mean(e) +- t_{(1+c)/2,
-R-1} sd(e)/sqrt(R)
-(Student-t over replications; Hickernell, Jiang, Liu, Owen 2014 for replicated (quasi) Monte Carlo). It holds for its input law and no
-other.
+R-1} sd(e)/sqrt(R) (Student-t over replications; Hickernell, Jiang, Liu, Owen 2014 for replicated (quasi) Monte Carlo). It holds for its
+input law and no other.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ class FxGraph:
             graph_signature=copy.deepcopy(program.graph_signature),
             state_dict=dict(program.state_dict),
             range_constraints=copy.deepcopy(program.range_constraints),
-            module_call_graph=copy.deepcopy(program.module_call_graph),
+            module_call_graph=list(program.module_call_graph),  # never edited, and its tree specifications warn when copied
             constants=dict(program.constants),
         )
         return FxGraph(copied)

@@ -19,6 +19,7 @@ from rewriter.backends.files.export import export_module
 from rewriter.backends.files.flat import PAST, flatten, transformers_patches
 from rewriter.inputs import InputSpec, invent, parse_input
 from tests.files_zoo import nets
+from tests.files_zoo.without_torchvision import timm
 
 VOCAB = 99
 
@@ -170,6 +171,19 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    """One of timm's architectures by its registered name, without its weights."""
+
+    def build() -> nn.Module:
+        model: nn.Module = timm().create_model(name, pretrained=False, num_classes=10, **settings)
+        return model
+
+    return build
+
+
+_TIMM_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+_TIMM_SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4}
+
 _CACHE = {"past": (5, 3), "seq": (6, 2)}
 _BOTH = {"seq": SEQ, "target": (4, 7)}
 
@@ -192,6 +206,9 @@ ZOO: dict[str, Entry] = {
     "vit": _hugging(SOURCES["vit"], 13, _read(PIXELS)),
     "convnext": _hugging(SOURCES["convnext"], 7, _read(PIXELS)),
     "resnet": _hugging(SOURCES["resnet"], 7, _read("pixel_values:float32[batch,3,height,width]"), height=(32, 48), width=(40, 64)),
+    "timm_vit": _plain(_timm("vit_tiny_patch16_224", **_TIMM_VIT), 9, "x:float32[batch,3,32,32]"),
+    "timm_swin": _plain(_timm("swin_tiny_patch4_window7_224", **_TIMM_SWIN), 14, "x:float32[batch,3,32,32]"),
+    "timm_mobilenet": _plain(_timm("mobilenetv3_small_050"), 42, "x:float32[batch,3,height,width]", height=(64, 96), width=(64, 128)),
     "encoder": _plain(_encoder, 8, "src:float32[batch,seq,16]", seq=SEQ),
     "tagger": _plain(nets.Tagger, 1, "ids:int64[batch,seq]", seq=SEQ),
     "gru": _plain(nets.GruRegressor, 1, "x:float32[batch,seq,12]", seq=SEQ),

@@ -18,7 +18,7 @@ from rewriter.graph import Site
 from tests.files_zoo.zoo import ZOO, module, program
 from tests.fx.models import obeys_law, same
 
-FAST = ["bert", "distilbert", "gpt2", "vit", "convnext", "resnet"]
+FAST = ["bert", "distilbert", "gpt2", "vit", "convnext", "resnet", "timm_vit", "timm_swin"]
 FAST += ["encoder", "tagger", "gru", "cnn", "mixer", "tied", "no_grad"]
 REWRITTEN = ["gru", "no_grad", "cnn", "mixer"]
 
