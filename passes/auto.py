@@ -27,7 +27,7 @@ class Auto(AbstractPass):
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         check_share(self.params, "auto:params")
-        share = self.params or context.share
+        share = context.smallest(self.params)
         families = [kind() for kind in structures().values() if not kind.preset]
         lossy = share is not None or context.consent
         yield from decide_all(graph, context, Plan(families, lossy, share or DEFAULT_SHARE))

@@ -30,7 +30,7 @@ class StructurePass(AbstractPass):
         assert self.structure is not None
         check_share(self.params, f"{self.structure.name}:params")
         explicit = any(getattr(self.structure, f.name) != f.default for f in fields(self.structure))
-        share = self.params or context.share or (1.0 if explicit else DEFAULT_SHARE)
+        share = context.smallest(self.params) or (1.0 if explicit else DEFAULT_SHARE)
         yield from decide_all(graph, context, Plan([self.structure], True, share, explicit))
 
     def spelling(self) -> str:

@@ -31,15 +31,16 @@ def rewrite(
     (axis 0 counts samples), or a list of lines for a folder with a tokenizer. Other options are those of `Options`; with `out` the file is
     written there, else `result.save(path)` writes it. Raises RewriteError for bad input; a run that found nothing has `result.exit_code` 1.
     """
-    given = _options(model, passes, inputs, target, data, options)
-    return pipeline.rewrite(model, given, _data(data), publish_to_out=given.out is not None, passes=_objects(passes))
+    objects, given = _objects(passes), _options(model, passes, inputs, target, data, options)
+    return pipeline.rewrite(model, given, _data(data), publish_to_out=given.out is not None, passes=objects)
 
 
 def plan(
     model: Any, passes: Passes = "auto,pre-merge", inputs: Inputs = None, target: str | None = None, data: Any = None, **options: Any
 ) -> Result:
     """What `rewrite` would do, without emitting anything; arguments as there."""
-    return pipeline.plan(model, _options(model, passes, inputs, target, data, options), _data(data), passes=_objects(passes))
+    objects = _objects(passes)
+    return pipeline.plan(model, _options(model, passes, inputs, target, data, options), _data(data), passes=objects)
 
 
 def apply(passes: Passes, model: Any, inputs: Inputs = None, data: Any = None, **options: Any) -> Any:
@@ -62,6 +63,9 @@ def _objects(passes: Passes) -> list[AbstractPass] | None:
 
     if isinstance(passes, str):
         return None
+    for item in passes:
+        if not isinstance(item, str | AbstractPass):
+            raise RewriteError(f"passes holds a {type(item).__name__}; give spellings such as 'low-rank:rank=8', or pass objects")
     return [p for item in passes for p in ([item] if isinstance(item, AbstractPass) else parse_passes(item))]
 
 

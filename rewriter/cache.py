@@ -86,6 +86,7 @@ class FitCache:
 
     def put(self, key: str, operator: AbstractMatrix | None, figures: dict[str, Any]) -> None:
         """Store an entry; a cache that cannot be written is no reason to fail."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         leaves, spec = flatten(operator) if operator is not None else ([], "")
@@ -93,7 +94,7 @@ class FitCache:
         stored = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves)}
         try:
             write_atomically(self.folder / f"{key}.safetensors", lambda path: save_file(stored, path, meta))
-        except OSError:
+        except (OSError, SafetensorError):
             return
 
 

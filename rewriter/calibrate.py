@@ -119,16 +119,19 @@ class Calibration:
         assert self.samples is not None
         mask: list[Tensor | None] = [None]
 
-        def tap(feeders: list[Callable[[Tensor, Tensor | None], None]]) -> Callable[[Tensor], None]:
+        def tap(name: str, feeders: list[Callable[[Tensor, Tensor | None], None]]) -> Callable[[Tensor], None]:
             def update(x: Tensor) -> None:
                 if not bool(torch.isfinite(x).all()):
-                    raise RewriteError("calibration met NaN or inf inside the model; check the samples, or the model in float32")
+                    raise RewriteError(
+                        f"calibration met NaN or inf in '{name}'; check the samples and the weights before it, "
+                        "or give the model in float32"
+                    )
                 for feeder in feeders:
                     feeder(x, mask[0])
 
             return update
 
-        callbacks = {value: tap(feeders) for value, feeders in taps.items()}
+        callbacks = {value: tap(self.graph.name(value), feeders) for value, feeders in taps.items()}
         for batch in self.progress.track(self.samples.batches, "calibrating", len(self.samples.batches)):
             mask[0] = padding_mask(batch)
             self.graph.run(batch, callbacks)

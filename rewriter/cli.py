@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -190,9 +191,23 @@ def _finish(result: Result, report: str | None, quiet: bool) -> None:
     from rewriter import render
 
     if report is not None:
-        result.report.save(Path(report))
-    render.show_result(result, quiet)
+        try:
+            result.report.save(Path(report))
+        except OSError as error:
+            raise RewriteError(f"--report {report} cannot be written ({error.strerror}); the run itself ended: {result.message}") from error
+    try:
+        render.show_result(result, quiet)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _nobody_reads()  # the run ended as it ended
+    except OSError as error:
+        raise RewriteError(f"standard output cannot be written ({error.strerror}); the run itself ended: {result.message}") from error
     _exit(result.exit_code)
+
+
+def _nobody_reads() -> None:
+    """The reader of our output left: what follows goes nowhere, and no flush at exit fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit(code: int) -> None:
@@ -221,8 +236,8 @@ def run(args: Sequence[str]) -> int:
         return _fail(f"{error.format_message().rstrip('.')}; see `rewrite --help`", 2, args)
     except KeyboardInterrupt:
         return _fail("interrupted", 130, args)
-    except BrokenPipeError:  # the reader of our output left: nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody to tell
+        _nobody_reads()
         return 1
     except OSError as error:
         return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2, args)
@@ -266,9 +281,15 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, _terminated)
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # said before, or nobody to tell
+        _nobody_reads()
     sys.exit(code)
+
+
+def _terminated(*_: object) -> None:
+    """SIGTERM unwinds like an interrupt, so that scratch folders go."""
+    raise SystemExit(143)

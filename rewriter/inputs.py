@@ -119,6 +119,8 @@ def parse_dims(text: str) -> dict[str, int]:
         if found is None:
             raise RewriteError(f"--dim {text!r}: {part.strip()!r} cannot be read; write NAME=SIZE,..., for example batch=4,seq=64")
         name, size = found[1], int(found[2])
+        if size == 0 and name != "past":
+            raise RewriteError(f"--dim {text!r}: {name} is 0; give at least 1 (only past may be empty)")
         if sizes.setdefault(name, size) != size:
             raise RewriteError(f"--dim {text!r}: {name} is given twice")
     return sizes
@@ -176,7 +178,7 @@ def invent(
 def _check_inventable(spec: InputSpec, bounds: Mapping[str, int]) -> None:
     dtype = spec.torch_dtype
     if not spec.dims:
-        raise RewriteError(f"input {spec.name!r} is a scalar and has no sample axis; give its values with --data FILE.npz")
+        raise RewriteError(f"input {spec.name!r} is a scalar and has no sample axis; give one value for all samples with --data FILE.npz")
     if dtype.is_complex:
         raise RewriteError(f"input {spec.name!r} is {spec.dtype}, which cannot be invented; give samples with --data FILE.npz")
     free = dtype.is_floating_point or spec.is_mask or spec.is_position or spec.is_token_type
@@ -227,12 +229,12 @@ def sobol_normals(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def batches(samples: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The samples in order, `size` rows at a time; the last batch may be smaller."""
-    lengths = {name: len(value) if value.dim() else 0 for name, value in samples.items()}
+    """The samples in order, `size` rows at a time; the last batch may be smaller, and scalars are the same in all."""
+    lengths = {name: len(value) for name, value in samples.items() if value.dim()}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} {count}" for name, count in lengths.items())
         raise RewriteError(f"the inputs have different numbers of samples along axis 0 ({said}); give each the same number")
     if size < 1:
         raise RewriteError(f"a batch of {size} rows is empty; give at least 1")
     for start in range(0, next(iter(lengths.values()), 0), size):
-        yield {name: value[start : start + size] for name, value in samples.items()}
+        yield {name: value[start : start + size] if value.dim() else value for name, value in samples.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from rewriter.errors import RewriteError
 
 OBJECTIVES = ("params", "nbytes", "ms")
 OPSETS = range(18, 26)
+SEEDS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,13 @@ class Options:
             raise RewriteError(f"--opset {self.opset} is out of range; give {OPSETS[0]} to {OPSETS[-1]}")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise RewriteError(f"--objective {self.objective} is unknown; give one of {', '.join(OBJECTIVES)}")
-        if self.max_error is not None and not self.max_error >= 0:
+        if self.max_error is not None and not 0 <= self.max_error < math.inf:
             raise RewriteError(f"--max-error {self.max_error} is out of range; give a relative error of at least 0, such as 0.1")
-        if self.threads < 1 or self.samples < 1:
-            raise RewriteError("--threads and the number of samples are at least 1")
+        if not 0 <= self.seed < SEEDS:
+            raise RewriteError(f"--seed {self.seed} is out of range; give a whole number from 0 to {SEEDS - 1}")
+        for option, value in (("--threads", self.threads), ("--samples", self.samples)):
+            if value < 1:
+                raise RewriteError(f"{option} {value} is out of range; give at least 1")
         _ = self.token_counts, self.share
 
     @property

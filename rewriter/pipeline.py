@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import importlib
 import shutil
 import tempfile
@@ -33,6 +34,8 @@ from rewriter.select import select
 from rewriter.tolerances import EQUAL
 from rewriter.verify import Metric, certify
 from rewriter.versions import versions, warn_untested
+
+ELSEWHERE = ("out", "cache", "force", "quiet")  # where a run's files lie and how it spoke: nothing of the model
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Result:
         """Put the emitted, verified model at `path`; RewriteError where nothing was emitted or the file exists."""
         if self.emitted is None:
             raise RewriteError(f"there is nothing to save: {self.message}")
+        _check_suffix(Path(path), self.emitted.suffix)
         return publish(self.emitted, Path(path), force)
 
 
@@ -107,6 +111,8 @@ def rewrite(
     """The whole job; with `publish_to_out` the emitted model ends at --out (default MODEL.rewritten.SUFFIX)."""
     out = _out(model, options) if publish_to_out else None
     job = _prepare(model, options, data, passes)
+    if out is not None:
+        _check_suffix(out, job.target.suffix)
     failure = _decide(job)
     if failure is None and not job.rewritten and not options.allow_noop:
         failure = (1, "nothing was rewritten: " + _why_nothing(job))
@@ -119,10 +125,14 @@ def rewrite(
 def plan(model: Any, options: Options, data: Any = None, passes: Sequence[AbstractPass] | None = None) -> Result:
     """The same decisions and fits, kept in the cache; nothing is written."""
     job = _prepare(model, options, data, passes)
-    _decide(job)
+    failure = _decide(job)
     error = _certificate(job, job.graph.run, job.samples.held_out) if job.lossy else None
-    text = f"plan: {job.rewritten} of {len(job.sites)} sites would be rewritten; `rewrite` with the same options reuses these fits"
-    return Result(_report(job, error, [], {}, planned=True), 0, text, graph=job.graph, opset=options.opset)
+    text = f"{job.rewritten} of {len(job.sites)} sites would be rewritten; `rewrite` with the same options reuses these fits"
+    if failure is not None:
+        text = failure[1]
+    elif not job.rewritten:
+        text = "nothing would be rewritten: " + _why_nothing(job)
+    return Result(_report(job, error, [], {}, planned=True), 0, f"plan: {text}", graph=job.graph, opset=options.opset)
 
 
 def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
@@ -218,11 +228,18 @@ def _context(
         share=options.share,
         consent=options.max_error is not None,
         selected=selected,
-        fits=FitCache(Path(options.cache) if options.cache else default_folder()),
+        fits=FitCache(_cache_folder(options)),
         progress=calibration.progress,
         seed=options.seed,
         decisions=decisions,
     )
+
+
+def _cache_folder(options: Options) -> Path:
+    folder = Path(options.cache) if options.cache else default_folder()
+    if folder.exists() and not folder.is_dir():
+        raise RewriteError(f"--cache {folder} is a file; give a folder, which is made where there is none")
+    return folder
 
 
 def _target(options: Options, source: Any, out: str | None) -> Target:
@@ -254,6 +271,12 @@ def _out(model: Any, options: Options) -> Path:
     if not path.parent.is_dir():
         raise RewriteError(f"the folder {path.parent} does not exist; make it, or give another -o OUT")
     return path
+
+
+def _check_suffix(path: Path, suffix: str) -> None:
+    """A file whose name says another format would mislead whoever opens it."""
+    if path.suffix in (".onnx", ".pt2") and path.suffix != suffix:
+        raise RewriteError(f"{path} would hold an {suffix} model; give a name that ends in {suffix}, or another --target")
 
 
 def _decide(job: Job) -> tuple[int, str] | None:
@@ -324,13 +347,23 @@ def _certificate(job: Job, run: Callable[[Feeds], Mapping[str, Tensor]], samples
 
 
 def _emit(job: Job, out: Path | None) -> Result:
-    """Write to a scratch folder, reload, certify the reloaded file, measure; publish only when all of it holds."""
-    options = job.options
+    """Write to a scratch folder beside OUT, which is gone again whatever happens."""
     scratch = tempfile.TemporaryDirectory(prefix=".rewrite-", dir=out.parent if out else None)
+    try:
+        return _emitted(job, out, scratch)
+    except BaseException:
+        scratch.cleanup()
+        raise
+
+
+def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[str]) -> Result:
+    """Write, reload, certify the reloaded file, measure; publish only when all of it holds."""
+    options = job.options
     folder = Path(scratch.name)
     name = out.name if out else f"model{job.target.suffix}"
     draft = _report(job, None, [], {}, planned=False)
-    provenance = {"report": dataclasses.replace(draft, seconds=0.0).to_json()}  # same seed, same bytes
+    recipe = {k: v for k, v in draft.recipe.items() if k not in ELSEWHERE}
+    provenance = {"report": dataclasses.replace(draft, seconds=0.0, recipe=recipe).to_json()}  # same seed, same bytes
     emission = EmitOptions(options.opset, options.flatten, options.token_counts, options.threads, provenance)
     emitted = folder / name
     job.target.emit(job.graph, emitted, emission)
@@ -345,7 +378,7 @@ def _emit(job: Job, out: Path | None) -> Result:
         if options.timing:
             explicit = parse_dims(options.dims) if options.dims else {}
             rows = latencies(job.target, dense, emitted, job.graph, job.source.specs, explicit, options.token_counts, options.threads)
-        failure = _not_smaller(options, rows, nbytes, job, 4 * len(provenance["report"]))
+        failure = _not_smaller(options, rows, nbytes, job, len(provenance["report"].encode()))
         shutil.rmtree(folder / "dense")
     report = _report(job, error, rows, nbytes, planned=False)
     if failure is not None:
@@ -389,7 +422,7 @@ def _not_smaller(
 
 def size(path: Path) -> int:
     """Bytes of a model file and of the data files that lie beside it under its name."""
-    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.is_file())
+    return sum(p.stat().st_size for p in path.parent.glob(f"{glob.escape(path.name)}*") if p.is_file())
 
 
 def publish(emitted: Path, out: Path, force: bool) -> Path:

@@ -86,20 +86,24 @@ def _parse_pass(text: str) -> Any:
         raise RewriteError(f"unknown pass '{name}'; there are: {known}")
     generic = importlib.import_module("rewriter.passes.structured").StructurePass
     share = [o for o in options if o.startswith("params=")]
-    structure = _construct(structures()[name], name, [o for o in options if o not in share])
+    structure = _construct(structures()[name], name, [o for o in options if o not in share], ("params",))
+    if len(share) > 1:
+        raise RewriteError(f"{name}:params is given twice; give it once")
     params = _value(name, "params", share[-1].partition("=")[2], "float") if share else None
     return generic(structure=structure, params=params)
 
 
-def _construct(kind: Any, name: str, options: list[str]) -> Any:
+def _construct(kind: Any, name: str, options: list[str], besides: tuple[str, ...] = ()) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     given = {}
     for option in options:
         key, equals, value = option.partition("=")
         field = fields.get(key.replace("-", "_"))
         if field is None or not equals:
-            allowed = ", ".join(f.replace("_", "-") for f in fields) or "none"
+            allowed = ", ".join([*(f.replace("_", "-") for f in fields), *besides]) or "none"
             raise RewriteError(f"'{option}' is no option of {name}; options are written {name}:OPTION=VALUE and there are: {allowed}")
+        if field.name in given:
+            raise RewriteError(f"{name}:{key} is given twice; give it once")
         given[field.name] = _value(name, key, value, str(field.type))
     return kind(**given)
 

@@ -72,6 +72,10 @@ class Context:
         generator.manual_seed((self.seed * 1_000_003 + int.from_bytes(site.name.encode()[-7:], "little")) % (1 << 63))
         return generator
 
+    def smallest(self, share: float | None) -> float | None:
+        """The pass's own share of the dense numbers, within that of --budget; None where neither was given."""
+        return min((s for s in (share, self.share) if s is not None), default=None)
+
     def seconds(self, forms: Sequence[AbstractMatrix]) -> list[list[float]]:
         """Measured on the target: one row for each token count, one figure for each form."""
         return [self.target.measure(forms, tokens, self.threads) for tokens in self.tokens]

@@ -98,6 +98,8 @@ def collect(source: Any, data: Any, count: int, seed: int) -> Split:
         return _from_file(source, Path(data))
     if isinstance(data, Mapping):
         return _from_arrays(source, {k: torch.as_tensor(v) for k, v in data.items()}, "data: given in memory")
+    if isinstance(data, Tensor) or not all(isinstance(line, str) for line in data):
+        raise RewriteError(f"data is a {type(data).__name__}; give a path, a mapping of arrays by input name, or a list of lines of text")
     return _from_lines(source, list(data), "text: given in memory")
 
 
@@ -116,6 +118,8 @@ def _from_file(source: Any, path: Path) -> Split:
     files = importlib.import_module("rewriter.backends.files.samples")
     if not path.exists():
         raise RewriteError(f"--data {path} does not exist; give a .npz of inputs or a text file with one sentence a line")
+    if path.is_dir():
+        raise RewriteError(f"--data {path} is a folder; give a .npz of inputs or a text file with one sentence a line")
     with path.open("rb") as stream:
         zipped = stream.read(2) == b"PK"
     if zipped:
@@ -128,15 +132,23 @@ def _from_arrays(source: Any, arrays: Mapping[str, Tensor], law: str) -> Split:
     wanted = [spec.name for spec in source.specs]
     if missing := [name for name in wanted if name not in arrays]:
         raise RewriteError(f"--data lacks input '{missing[0]}'; it has {', '.join(arrays)} and the model takes {', '.join(wanted)}")
+    for spec in source.specs:
+        if arrays[spec.name].is_floating_point() and not spec.torch_dtype.is_floating_point:
+            given = str(arrays[spec.name].dtype).removeprefix("torch.")
+            raise RewriteError(f"--data: '{spec.name}' is {given} and the model takes {spec}; give whole numbers")
     feeds = {spec.name: arrays[spec.name].to(spec.torch_dtype) for spec in source.specs}
+    if extra := [name for name in arrays if name not in wanted]:
+        law = f"{law} (without {', '.join(extra)}, which the model does not take)"
     for spec in source.specs:
         fixed = [(a, d) for a, d in enumerate(spec.dims) if a and isinstance(d, int)]
         shape = feeds[spec.name].shape
         if len(shape) != len(spec.dims) or any(shape[a] != d for a, d in fixed):
             raise RewriteError(f"--data: '{spec.name}' has shape {list(shape)} and the model takes {spec}; axis 0 counts samples")
     key = digest("arrays", *[(k, tuple(v.shape), _bytes(v)) for k, v in sorted(feeds.items())])
-    step = _step(source.specs)
-    return _split(list(batches(feeds, step)), law, key)
+    found = list(batches(feeds, _step(source.specs)))
+    if not found:
+        raise RewriteError("--data holds no samples; axis 0 of every input counts them, give at least one")
+    return _split(found, law, key)
 
 
 def _bytes(tensor: Tensor) -> str:

@@ -60,7 +60,7 @@ def certify(
             if value.is_floating_point():
                 tallies.setdefault(name, _Tally()).add(value, other[name], mask if value.dim() >= 3 else None)
         if metric is not None:
-            scores.append(float(metric[1](dense, other, batch)))
+            scores.append(_score(metric, dense, other, batch))
     if not tallies:
         raise RewriteError("the model has no float output to compare")
     found = [_certificate(name, tally, samples, bound) for name, tally in tallies.items()]
@@ -69,6 +69,14 @@ def certify(
         return worst
     estimate, half = student_t(scores)
     return replace(worst, metric={"name": metric[0], "estimate": estimate, "half_width": half})
+
+
+def _score(metric: tuple[str, Metric], dense: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: Feeds) -> float:
+    try:
+        return float(metric[1](dense, other, batch))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RewriteError(f"--metric {metric[0]} failed ({said}); give MODULE:FUNCTION(dense, rewritten, feeds) -> float") from error
 
 
 def _certificate(name: str, tally: _Tally, samples: Samples, bound: float | None) -> OutputError:

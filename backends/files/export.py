@@ -6,6 +6,7 @@ but also quietly fixes a dimension that the model insists on; so what was asked 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import re
@@ -18,7 +19,6 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.errors import RewriteError
@@ -44,7 +44,7 @@ def export_module(module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Ma
             continue
         said = _specialised(program, specs)
         if said is None:
-            _drop_assumed_lower_bounds(program)
+            _drop_bounds_of_sums(program)
             _name_outputs(program)
             return program
         fixed = fixed or said
@@ -138,7 +138,8 @@ def _traceable(module: torch.nn.Module) -> Iterator[None]:
     training = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     muted = logging.root.manager.disable
-    module.eval()
+    with contextlib.suppress(NotImplementedError):  # a program's module is in eval mode for ever
+        module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), whole_recurrences(), warnings.catch_warnings():
@@ -170,12 +171,12 @@ def _specialised(program: ExportedProgram, specs: Sequence[InputSpec]) -> str | 
     return None
 
 
-def _drop_assumed_lower_bounds(program: ExportedProgram) -> None:
+def _drop_bounds_of_sums(program: ExportedProgram) -> None:
     """torch.export assumes every dynamic size to be at least 2 and forgives 0 and 1 to a plain size, but not to a sum of two
-    (`attention_mask.size()[1] >= 4`, which bars a prompt of three tokens). Sizes that an operation cannot take still fail in it."""
-    for size, span in list(program.range_constraints.items()):
-        if len(size.free_symbols) > 1:
-            program.range_constraints[size] = ValueRanges(0, span.upper)
+    (`attention_mask.size()[1] >= 4`, which bars a prompt of three tokens); and what it says of a sum, torch.export.load takes for a symbol
+    that `run_decompositions` then fails on. Sizes that an operation cannot take still fail in it."""
+    for size in [size for size in program.range_constraints if len(size.free_symbols) > 1]:
+        del program.range_constraints[size]
 
 
 def _name_outputs(program: ExportedProgram) -> None:

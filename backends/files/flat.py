@@ -24,7 +24,7 @@ PRESENT = "present_key_values_layers_"
 CACHES = ("cache", "past_key_values")  # the argument's and the output's name, from transformers 5.24 on and before
 
 
-def model_specs(model: Any, tokenizer_inputs: Sequence[str], with_cache: bool) -> list[InputSpec]:
+def model_specs(model: Any, with_cache: bool) -> list[InputSpec]:
     """What the model takes, in the order in which its forward names them."""
     accepted = inspect.signature(plain_class(model).forward).parameters
     known = {spec.name: spec for spec in _candidates(model, with_cache)}
@@ -38,7 +38,7 @@ def model_specs(model: Any, tokenizer_inputs: Sequence[str], with_cache: bool) -
     if main == "input_ids" and hasattr(model.config, "vision_config"):
         wanted.add("pixel_values")
     types = getattr(model.config, "type_vocab_size", 0) or 0
-    if types > 1 and ("token_type_ids" in tokenizer_inputs or not tokenizer_inputs):
+    if types > 1:
         wanted.add("token_type_ids")
     past = cache_specs(model) if with_cache else []
     if past:
@@ -77,7 +77,7 @@ def cache_specs(model: Any) -> list[InputSpec]:
         return []
     with torch.no_grad():
         out = plain.forward(model, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True, return_dict=True)
-    cache = next((out[name] for name in CACHES if name in out), None)
+    cache = dict(out.items()).get(_cache_argument(plain))  # asking `out` itself for the older name would print a warning
     if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return []
     specs = []

@@ -107,11 +107,11 @@ def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters:
         notes += [attach(model, Path(where), scale) for where, scale in adapters]
     tokenizer = _load_tokenizer(transformers, folder)
     name = type(model).__name__
-    specs = model_specs(model, tokenizer.model_input_names if tokenizer else (), with_cache=True)
+    specs = model_specs(model, with_cache=True)
     if any(spec.name.startswith(PAST) for spec in specs):
         notes.append("with past keys and values")
     else:
-        specs = model_specs(model, tokenizer.model_input_names if tokenizer else (), with_cache=False)
+        specs = model_specs(model, with_cache=False)
         if model.can_generate():
             notes.append("without a cache (this class keeps none that a graph can pass in and out as plain tensors)")
     flatten(model, specs)
@@ -130,8 +130,7 @@ def export_folder(folder_model: FolderModel, sizes: Mapping[str, int]) -> Export
         if not folder_model.with_past:
             raise
         reason = str(error)
-    tokenizer = folder_model.tokenizer
-    folder_model.specs = model_specs(model, tokenizer.model_input_names if tokenizer else (), with_cache=False)
+    folder_model.specs = model_specs(model, with_cache=False)
     folder_model.describe = folder_model.describe.replace("with past keys and values", f"without its cache ({reason})")
     flatten(model, folder_model.specs)
     with transformers_patches(model):

@@ -49,10 +49,9 @@ def open_source(model: Any, options: Options) -> Source:
 
 def _open_path(path: Path, options: Options) -> Source:
     kind = recognise(path)
+    _check_flags(path, kind, options)
     if kind is Kind.FOLDER:
         return _folder(path, options)
-    if options.adapters:
-        raise RewriteError(f"--adapter needs a Hugging Face folder, {path} is a file; merge the adapter first, or give the folder")
     if kind is Kind.PT2:
         from rewriter.backends.files.pt2 import load_pt2
 
@@ -71,6 +70,22 @@ def _open_path(path: Path, options: Options) -> Source:
     if isinstance(loaded, torch.nn.Module):
         return _module(loaded.eval(), "module", path, options)
     return _state(loaded, "state-dict", path, options)
+
+
+def _check_flags(path: Path, kind: Kind, options: Options) -> None:
+    """An option that this kind of model has no use for is refused, not forgotten."""
+    if kind is Kind.FOLDER:
+        if options.inputs:
+            raise RewriteError(f"--input {options.inputs[0]}: {path} is a Hugging Face folder, which knows its inputs; leave --input out")
+        if options.arch:
+            raise RewriteError(f"--arch is for state dicts, {path} is a Hugging Face folder; leave it out, or choose a head with --task")
+        return
+    if options.adapters:
+        raise RewriteError(f"--adapter needs a Hugging Face folder, {path} is a file; merge the adapter first, or give the folder")
+    if options.task:
+        raise RewriteError(f"--task needs a Hugging Face folder, {path} is a file; leave it out, or give the folder")
+    if options.arch and kind in (Kind.PT2, Kind.ONNX):
+        raise RewriteError(f"--arch is for state dicts, {path} holds a whole model; leave it out")
 
 
 def _state(state: dict[str, Tensor], kind: str, path: Path, options: Options) -> Source:
@@ -121,9 +136,18 @@ def _known(graph: Graph, kind: str, path: Path | None, options: Options) -> Sour
         unknown = [name for name in given if name not in {s.name for s in specs}]
         if unknown:
             raise RewriteError(f"--input {unknown[0]}: the model has no such input; it takes {', '.join(map(str, specs))}")
+        for spec in specs:
+            if spec.name in given and not _renames(spec, given[spec.name]):
+                raise RewriteError(f"--input {given[spec.name]}: the model takes {spec}; here --input may only rename dynamic dimensions")
         specs = [given.get(s.name, s) for s in specs]
     sizes = fill_sizes(specs, parse_dims(options.dims) if options.dims else {})
     return _source(graph, kind, path, specs, sizes)
+
+
+def _renames(own: InputSpec, given: InputSpec) -> bool:
+    """Whether two specifications differ in the names of dynamic dimensions alone."""
+    fixed = [[dim if isinstance(dim, int) else None for dim in spec.dims] for spec in (own, given)]
+    return own.dtype == given.dtype and fixed[0] == fixed[1]
 
 
 def _folder(path: Path, options: Options) -> Source:

@@ -229,6 +229,17 @@ def _resolve(target: str) -> None:
         raise Refused(f"{target!r} is no operator")
 
 
+def _symbols_only(program: ExportedProgram) -> ExportedProgram:
+    """The ranges of derived sizes (`past + seq`, `2 * n`), which torch.export.save writes, come back among the symbols of the shape
+    environment, where `run_decompositions` fails on them; the program goes on checking them."""
+    from torch._export.utils import _get_shape_env_from_gm
+
+    ranges = getattr(_get_shape_env_from_gm(program.graph_module), "var_to_range", {})
+    for size in [size for size in ranges if not size.is_Symbol]:
+        del ranges[size]
+    return program
+
+
 def _load_trusted(path: Path, clean: Path) -> ExportedProgram:
     """torch.export.load less its fallback to an older format, which reads other members of the zip."""
     from torch.export.pt2_archive._package import load_pt2 as load_archive
@@ -236,7 +247,7 @@ def _load_trusted(path: Path, clean: Path) -> ExportedProgram:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return load_archive(str(clean)).exported_programs["model"]
+            return _symbols_only(load_archive(str(clean)).exported_programs["model"])
     except (Exception, RecursionError) as problem:
         reason = one_line(str(problem).rsplit("Original exception", 1)[0]) or type(problem).__name__
         raise RewriteError(f"{path}: torch {torch.__version__} cannot rebuild the program ({reason}); {_WAY_ON}") from problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rewriter.backends.files import atomic
 
 def publish(emitted: Path, out: Path) -> None:
     """Put the file at `emitted` where `out` says; a crash leaves the old file, or the new one, whole."""
-    if any(p != emitted for p in emitted.parent.glob(f"{emitted.name}*")):
+    if any(p != emitted for p in emitted.parent.glob(f"{glob.escape(emitted.name)}*")):
         from rewriter.backends.files.onnx_file import load_onnx, save_onnx
 
         save_onnx(load_onnx(emitted), out, external_above=0)

@@ -18,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def load_npz(path: Path | str, max_nbytes: int = MAX_NBYTES) -> dict[str, Array]:
-    """The arrays of an .npz by name; axis 0 is the samples and agrees between them."""
+    """The arrays of an .npz by name; axis 0 is the samples and agrees between them, an array without axes is the same for all."""
     path = Path(path)
     if not path.is_file():
         raise RewriteError(f"{path}: there is no such file; give --data an .npz or a .txt that exists")
@@ -32,8 +32,7 @@ def load_npz(path: Path | str, max_nbytes: int = MAX_NBYTES) -> dict[str, Array]
         for name in names:
             _check_header(archive, name)
         arrays = {(archive.root + name).removesuffix(".npy"): _array(archive, name) for name in names}
-    lengths = {name: array.shape[0] if array.ndim else -1 for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1 or -1 in lengths.values():
+    if len({array.shape[0] for array in arrays.values() if array.ndim}) > 1:
         shown = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
         raise RewriteError(f"{path}: axis 0 is the samples and must agree, got {shown}; write arrays of the same length")
     return arrays

@@ -15,13 +15,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Graph, Node
 
+from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.export import output_names
 from rewriter.backends.fx import edit, names
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import SITE
 from rewriter.backends.fx.interpreter import run
-from rewriter.backends.fx.trace import decomposed, settle_attention
+from rewriter.backends.fx.trace import copy_inputs_that_leave, decomposed, settle_attention
 from rewriter.cache import fingerprint
+from rewriter.errors import RewriteError
 from rewriter.graph import Place, Site
 from rewriter.inputs import InputSpec
 from rewriter.operator import AbstractMatrix, flatten, unflatten
@@ -234,7 +236,10 @@ class FxGraph:
         return node.target is torch.ops.aten._assert_tensor_metadata.default and self.is_const(node.args[0])  # type: ignore[arg-type]
 
     def run(self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
-        return dict(zip(self._output_names, run(self.program, feeds, taps or {}), strict=True))
+        try:
+            return dict(zip(self._output_names, run(self.program, feeds, taps or {}), strict=True))
+        except (RuntimeError, IndexError) as problem:
+            raise RewriteError(f"the model cannot run on these samples: {one_line(problem)}; check --data, --input and --dim") from problem
 
     def to_onnx(self, opset: int) -> Any:
         """The graph as an onnx_ir.Model in which every site is one `structured::Site` node."""
@@ -243,6 +248,7 @@ class FxGraph:
         clean = self.clone()
         clean.prune()
         settle_attention(clean.program)
+        copy_inputs_that_leave(clean.program)
         return to_onnx(clean.program, opset, self._output_names)
 
     def specs(self) -> list[InputSpec]:

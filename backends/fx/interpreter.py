@@ -25,6 +25,7 @@ class Tapped(Interpreter):
 
     def __init__(self, module: GraphModule, taps: Taps, swaps: Swaps) -> None:
         super().__init__(module, garbage_collect_values=True)
+        self.extra_traceback = False  # errors are ours to say
         self.taps, self.swaps = taps, swaps
 
     def run_node(self, n: Node) -> Any:

@@ -48,6 +48,8 @@ def as_module(program: ExportedProgram) -> GraphModule:
         module.register_forward_pre_hook(by_name, with_kwargs=True, prepend=True)
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    for name in ("train", "eval"):
+        vars(module).pop(name, None)  # torch.export forbids both; here they set the flags, and the graph stays the one of eval mode
     return module
 
 

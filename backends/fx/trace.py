@@ -62,3 +62,18 @@ def settle_attention(program: ExportedProgram) -> None:
             copy.meta = dict(node.meta)
             node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
         body.module.recompile()
+
+
+def copy_inputs_that_leave(program: ExportedProgram) -> None:
+    """An output that is an input becomes a copy of it: the ONNX exporter would rename the input."""
+    graph, signature = program.graph, program.graph_signature
+    output = graph.output_node()
+    results = list(output.args[0])
+    for i, (value, spec) in enumerate(zip(results, signature.output_specs, strict=True)):
+        if isinstance(value, torch.fx.Node) and value.op == "placeholder":
+            with graph.inserting_before(output):
+                results[i] = graph.call_function(torch.ops.aten.clone.default, (value,))
+            results[i].meta = dict(value.meta)
+            spec.arg.name = results[i].name
+    output.args = (tuple(results),)
+    program.graph_module.recompile()

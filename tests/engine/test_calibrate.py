@@ -126,7 +126,7 @@ def test_moments_are_those_of_the_sites_own_input() -> None:
 def test_poison_inside_the_model_is_said(poison: float) -> None:
     x = normal(3, 5, 24)
     x[1, 2, 3] = poison
-    with pytest.raises(RewriteError, match="calibration met NaN or inf inside the model"):
+    with pytest.raises(RewriteError, match="calibration met NaN or inf in 'x'; check the samples and the weights"):
         found(graph(Mlp()), samples({"x": x}))
 
 
