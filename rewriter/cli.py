@@ -113,7 +113,8 @@ def passes(name: o.PassName = None, debug: o.Debug = False) -> None:
 @app.command(cls=Command)
 def replay(
     report_file: o.ReportFile, out: o.Out = None, report: o.Report = None, cache: o.Cache = None,
-    trust_pickle: o.TrustPickle = False, force: o.Force = False, quiet: o.Quiet = False, debug: o.Debug = False,
+    arch: o.Arch = None, metric: o.Metric = None, trust_pickle: o.TrustPickle = False, force: o.Force = False, quiet: o.Quiet = False,
+    debug: o.Debug = False,
 ) -> None:  # fmt: skip
     """Run a report's recipe again on the same model; --force goes on where the model's content changed."""
     from rewriter import pipeline
@@ -121,8 +122,7 @@ def replay(
 
     before = reports.load(Path(report_file))
     options = Options.from_recipe(before.recipe)
-    if options.trust_pickle and not trust_pickle:
-        raise RewriteError(f"{report_file}: that run trusted a pickle to run its code; give --trust-pickle to do so again")
+    _check_consent(report_file, options, arch, metric, trust_pickle)
     model, sha256 = before.model["path"], before.model["sha256"]
     if model is None:
         raise RewriteError(f"{report_file}: that run took a model from memory, not from a file; call rewriter.rewrite with it again")
@@ -136,6 +136,17 @@ def replay(
     _check_out(options.out or model)
     _check_report(report, [model, options.out])
     _finish(pipeline.rewrite(model, options), report, quiet)
+
+
+def _check_consent(report_file: str, options: Options, arch: str | None, metric: str | None, trust_pickle: bool) -> None:
+    """A report is a file from somewhere: what runs code in its recipe is said again by whoever replays it."""
+    if options.trust_pickle and not trust_pickle:
+        raise RewriteError(f"{report_file}: that run trusted a pickle to run its code; give --trust-pickle to do so again")
+    for option, recorded, given in (("--arch", options.arch, arch), ("--metric", options.metric, metric)):
+        if given is not None and recorded is None:
+            raise RewriteError(f"{report_file}: that run was without {option}; leave it out")
+        if recorded != given:
+            raise RewriteError(f"{report_file}: that run imported {recorded}; give {option} {recorded} to import it again")
 
 
 SUMMARY = "Replace dense weights of a trained model by structured ones, and say with numbers what that changed, cost and gained."
@@ -231,7 +242,7 @@ def run(args: Sequence[str]) -> int:
     except typer.Exit as left:
         return left.exit_code
     except RewriteError as error:
-        return _fail(str(error), error.exit_code, args)
+        return _fail(str(error), 2, args)
     except USAGE_ERROR as error:
         return _fail(f"{error.format_message().rstrip('.')}; see `rewrite --help`", 2, args)
     except KeyboardInterrupt:

@@ -142,7 +142,7 @@ def load(path: Path) -> Report:
     """A report from its JSON; RewriteError in one line where it is none."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RewriteError(f"{path} cannot be read as a report: {error}; give the file that --report wrote") from error
     validate(content)
     return Report(

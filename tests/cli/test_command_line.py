@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rewriter import cli, report
-from rewriter.errors import BoundExceeded, NothingToDo, RewriteError
+from rewriter.errors import RewriteError
 from rewriter.options import Options
 from tests.cli.conftest import Asked, Said
 
@@ -99,8 +99,6 @@ def test_quiet_prints_the_last_line_only(rewrite: Rewrite, asked: Asked) -> None
     ("error", "code", "words"),
     [
         (RewriteError("--target x is unknown;\n give another"), 2, "rewrite: --target x is unknown; give another"),
-        (NothingToDo("nothing"), 1, "rewrite: nothing"),
-        (BoundExceeded("too far"), 3, "rewrite: too far"),
         (KeyboardInterrupt(), 130, "rewrite: interrupted"),
         (PermissionError(13, "Permission denied", "x.pt2"), 2, "rewrite: x.pt2: Permission denied"),
         (KeyError("k"), 2, "rewrite: a bug, not your input: KeyError: 'k'; --debug shows where; please report it"),

@@ -59,6 +59,20 @@ def test_a_model_that_is_not_there(rewrite: Rewrite, asked: Asked, stored: Calla
     assert words in said.err
 
 
+@pytest.mark.parametrize("option", ["arch", "metric"])
+def test_code_that_a_report_names_is_asked_for_again(rewrite: Rewrite, asked: Asked, stored: Callable[..., None], option: str) -> None:
+    stored(**{option: "evil:make"})
+    for words in ([], [f"--{option}", "other:make"]):
+        said = rewrite("replay", "r.json", *words)
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert f"that run imported evil:make; give --{option} evil:make to import it again" in said.err
+    assert not asked.calls
+    assert rewrite("replay", "r.json", f"--{option}", "evil:make").code == 0
+    assert getattr(asked.options, option) == "evil:make"
+    stored()
+    assert f"was without --{option}" in rewrite("replay", "r.json", f"--{option}", "a:b").err
+
+
 def test_trust_in_a_pickle_is_asked_for_again(rewrite: Rewrite, asked: Asked, stored: Callable[..., None]) -> None:
     stored(trust_pickle=True)
     said = rewrite("replay", "r.json")
