@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import onnx
 import onnx_ir as ir
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.atomic import publish, scratch_beside
@@ -56,7 +56,7 @@ def save_onnx(model: ir.Model, path: Path | str, external_above: int = MAX_INLIN
     path = Path(os.path.abspath(path))
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values() if value.const_value is not None]
     external = sum(tensor.nbytes for tensor in tensors) > min(external_above, MAX_INLINE_NBYTES)
-    stale = _stale_data(path)
+    stale = stale_data(path)
     with scratch_beside(path) as scratch:
         written, data = scratch / "model.onnx", _free_data_name(path) if external else None
         try:
@@ -113,35 +113,41 @@ class _Judge:
         self._folder = path.parent
 
     def model(self, model: ModelProto) -> None:
-        self._graph(model.graph, depth=0)
-        for function in model.functions:
-            self._nodes(function, depth=0)
+        self._graph(model.graph, depth=0, may_be_external=True)
+        for function in model.functions:  # onnx_ir leaves the base folder of what lies in them to the current one: no data file there
+            self._nodes(function, depth=0, may_be_external=False)
+            self._attributes(function.attribute_proto, depth=0, may_be_external=False)
         if model.training_info:
             raise self._refusal("it carries training graphs", "export it for inference")
 
-    def _graph(self, graph: GraphProto, depth: int) -> None:
-        names = Counter([tensor.name for tensor in graph.initializer] + [sparse.values.name for sparse in graph.sparse_initializer])
+    def _graph(self, graph: GraphProto, depth: int, may_be_external: bool) -> None:
+        for sparse in graph.sparse_initializer:
+            raise self._sparse(f"initialiser {sparse.values.name!r}")
+        names = Counter(tensor.name for tensor in graph.initializer)
         if twice := [name for name, count in names.items() if count > 1]:
             raise self._refusal(f"initialiser {twice[0]!r} is given {names[twice[0]]} times", "each name is allowed once, export it again")
         for tensor in graph.initializer:
-            self._tensor(tensor, may_be_external=True)
-        for sparse in graph.sparse_initializer:
-            self._tensor(sparse.values, may_be_external=False)
-            self._tensor(sparse.indices, may_be_external=False)
-        self._nodes(graph, depth)
+            self._tensor(tensor, may_be_external)
+        self._nodes(graph, depth, may_be_external)
 
-    def _nodes(self, body: GraphProto | FunctionProto, depth: int) -> None:
+    def _nodes(self, body: GraphProto | FunctionProto, depth: int, may_be_external: bool) -> None:
         if depth > MAX_NESTING:
             raise self._refusal(f"graphs nested deeper than {MAX_NESTING}", "export it again")
         for node in body.node:
-            self._attributes(node, depth)
+            self._attributes(node.attribute, depth, may_be_external)
 
-    def _attributes(self, node: NodeProto, depth: int) -> None:
-        for attribute in node.attribute:
-            for tensor in _attribute_tensors(attribute):
+    def _attributes(self, attributes: Iterable[AttributeProto], depth: int, may_be_external: bool) -> None:
+        for attribute in attributes:
+            if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
+                raise self._sparse(f"attribute {attribute.name!r}")
+            for tensor in [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]:
                 self._tensor(tensor, may_be_external=False)
             for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                self._graph(graph, depth + 1)
+                self._graph(graph, depth + 1, may_be_external)
+
+    def _sparse(self, what: str) -> RewriteError:
+        """onnx_ir drops sparse tensors without a word; refused whole, their sizes are never believed either."""
+        return self._refusal(f"{what} is a sparse tensor", "only dense ones are allowed, export it dense")
 
     def _tensor(self, tensor: TensorProto, may_be_external: bool) -> None:
         if len(tensor.dims) > MAX_RANK or any(not 0 <= size < 1 << 48 for size in tensor.dims):
@@ -154,7 +160,8 @@ class _Judge:
             count *= size
         if tensor.data_location == TensorProto.EXTERNAL:
             if not may_be_external or dtype == ir.DataType.STRING:
-                raise self._refusal(f"tensor {tensor.name!r} lies in another file", "only numeric initialisers may, export it again")
+                way_on = "only numeric initialisers outside functions may, export it again"
+                raise self._refusal(f"tensor {tensor.name!r} lies in another file", way_on)
             self._external(tensor, _nbytes(count, dtype))
         else:
             self._inline(tensor, count, dtype)
@@ -202,15 +209,6 @@ class _Judge:
         return RewriteError(f"{self._path}: {given}; {way_on}")
 
 
-def _attribute_tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
-    if attribute.HasField("t"):
-        yield attribute.t
-    yield from attribute.tensors
-    for sparse in [*attribute.sparse_tensors, *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else [])]:
-        yield sparse.values
-        yield sparse.indices
-
-
 def _nbytes(count: int, dtype: ir.DataType) -> int:
     return 0 if dtype == ir.DataType.STRING else (count * dtype.bitwidth + 7) // 8
 
@@ -248,7 +246,7 @@ def _free_data_name(path: Path) -> str:
     return next(name for name in names if not os.path.lexists(path.parent / name))
 
 
-def _stale_data(path: Path) -> list[str]:
+def stale_data(path: Path) -> list[str]:
     """The data files of the model that is about to be replaced, as far as this module gave them their names."""
     if not path.is_file():
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
 
 from rewriter.backends.files import onnx_file
 from rewriter.backends.files.onnx_file import load_onnx, save_onnx
@@ -153,6 +156,11 @@ def test_duplicate_initialisers_are_refused(tmp_path: Path) -> None:
     refused(written(tmp_path, proto), "'w' is given 2 times")
 
 
+def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
+    save_file({"w": WEIGHT}, tmp_path / "m.onnx")
+    refused(tmp_path / "m.onnx", "a safetensors file and no ONNX model; load it as what it is")
+
+
 def test_damaged_and_invalid_models_are_refused(tmp_path: Path) -> None:
     content = model().SerializeToString()
     path = tmp_path / "m.onnx"
@@ -250,3 +258,66 @@ def test_local_functions_are_kept(tmp_path: Path) -> None:
     proto.graph.node[0].op_type, proto.graph.node[0].domain = "Site", "structured"
     save_onnx(load_onnx(written(tmp_path, proto)), tmp_path / "out.onnx")
     assert [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node] == ["Site"]
+
+
+def test_data_of_others_outlives_an_overwritten_model(tmp_path: Path) -> None:
+    new = ir.from_proto(model())
+    path = external(tmp_path)
+    save_onnx(new, path)
+    assert (tmp_path / "w.bin").read_bytes() == WEIGHT.tobytes()
+    (tmp_path / "w.bin").rename(tmp_path / "n.onnx.data")  # the name that another model's data would have
+    save_onnx(new, external(tmp_path, location="n.onnx.data"))
+    assert (tmp_path / "n.onnx.data").exists()
+
+
+def test_a_dangling_link_is_no_free_name(tmp_path: Path) -> None:
+    loaded = load_onnx(written(tmp_path, model()))
+    (tmp_path / "out.onnx.data").symlink_to(tmp_path / "nowhere")
+    save_onnx(loaded, tmp_path / "out.onnx", external_above=0)
+    assert (tmp_path / "out.onnx.data").is_symlink()
+    assert (tmp_path / "out.onnx.2.data").read_bytes() == WEIGHT.tobytes()
+
+
+def test_no_caller_can_ask_for_more_than_protobuf_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_onnx(written(tmp_path, model()))
+    assert onnx_file.MAX_INLINE_NBYTES < 2**31
+    for limit, data in ((WEIGHT.nbytes, False), (WEIGHT.nbytes - 1, True)):
+        monkeypatch.setattr(onnx_file, "MAX_INLINE_NBYTES", limit)
+        save_onnx(loaded, tmp_path / "out.onnx", external_above=1 << 60)
+        assert (tmp_path / "out.onnx.data").exists() == data
+
+
+def large(size: int, layers: int) -> ir.Model:
+    """y = x w0 w1 ...: each a matrix of zeros with one entry, layer + 1, at (layer, layer + 1)."""
+    value = x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, size]))
+    nodes, weights = [], []
+    for layer in range(layers):
+        matrix = torch.zeros(size, size)
+        matrix[layer, layer + 1] = layer + 1
+        weights.append(ir.Value(name=f"w{layer}", const_value=ir.tensor(matrix.numpy(), name=f"w{layer}")))
+        nodes.append(ir.node("MatMul", [value, weights[-1]], name=f"n{layer}"))
+        value = nodes[-1].outputs[0]
+    value.name, value.type, value.shape = "y", x.type, x.shape
+    graph = ir.Graph([x], [value], nodes=nodes, initializers=weights, opset_imports={"": 20}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.slow
+def test_a_model_beyond_protobuf_is_written_with_a_data_file(tmp_path: Path) -> None:
+    size, layers, target = 8192, 9, tmp_path / "large.onnx"
+    save_onnx(large(size, layers), target)
+    assert target.stat().st_size < 100_000
+    assert (tmp_path / "large.onnx.data").stat().st_size == layers * size * size * 4 > 2**31
+    loaded = load_onnx(target)
+    for layer in (0, layers - 1):
+        tensor = loaded.graph.initializers[f"w{layer}"].const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        row = tensor.numpy()[layer]
+        assert row[layer + 1] == layer + 1 == row.sum()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(target), options)
+    x = np.zeros((1, size), np.float32)
+    x[0, 0] = 1
+    (y,) = session.run(None, {"x": x})
+    assert y[0, layers] == math.factorial(layers) == y.sum()
