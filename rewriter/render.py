@@ -27,14 +27,21 @@ EACH = 8  # sites that are kept for like reasons are listed one by one up to her
 UNITS = (("params", "params"), ("flops", "FLOP"), ("nbytes", "bytes"))
 
 
+class _Console(Console):
+    """rich ends the program with code 1 when the reader leaves; whoever prints decides that."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(stream: IO[str] | None = None) -> Console:
     """Plain and stable unless the stream is a terminal."""
     out = stream or sys.stdout
     if out.isatty():
-        return Console(file=out, highlight=False, markup=False, emoji=False)
+        return _Console(file=out, highlight=False, markup=False, emoji=False)
     given = os.environ.get("COLUMNS", "")
     width = int(given) if given.isdigit() and int(given) >= 40 else WIDTH
-    return Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False, markup=False, emoji=False)
+    return _Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False, markup=False, emoji=False)
 
 
 def show_result(result: Result, quiet: bool, stream: IO[str] | None = None) -> None:
