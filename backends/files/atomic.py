@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rewriter.errors import RewriteError
+
+_NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @contextmanager
@@ -29,6 +32,23 @@ def scratch_beside(path: Path) -> Iterator[Path]:
         raise RewriteError(f"{path}: writing failed ({text}); nothing was replaced, free some space and try again") from problem
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def reserve(folder: Path, nbytes: int, files: int = 1) -> None:
+    """OSError unless `files` more files of `nbytes` fit into `folder`: a writer in C++ that runs out of space may end the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    held = [folder / f"reserved-{i}" for i in range(files)]
+    try:
+        for path in held:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))
+    except OSError as problem:
+        if problem.errno in _NO_SPACE:
+            raise  # any other says that this disk cannot reserve, not that it is full
+    finally:
+        for path in held:
+            path.unlink(missing_ok=True)
 
 
 def publish(source: Path, target: Path) -> None:

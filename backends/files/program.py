@@ -7,6 +7,7 @@ run the program and may be evaluated or leak build paths (stack traces, source f
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -27,7 +28,14 @@ _HIGHER_ORDER = frozenset(
     """cond scan while_loop map_impl map associative_scan wrap wrap_with_set_grad_enabled wrap_with_autocast invoke_subgraph
     hints_wrapper tag_activation_checkpoint wrap_activation_checkpoint flex_attention strict_mode""".split()  # noqa: SIM905
 )
-_DENIED = frozenset({"from_file", "set_data", "_test_warn_in_autograd", "record_stream", "_print", "rename", "rename_"})
+_FILES, _PROCESS, _GRADIENTS = "reads or writes files", "changes or prints to this process", "changes gradients or names in place"
+_DENIED = {  # aten's operators that do more than compute, from its schemas with a file name, without a result, or on a global
+    **dict.fromkeys(("from_file", "save"), _FILES),
+    **dict.fromkeys("warn _print manual_seed seed set_grad_enabled wait record_stream".split(), _PROCESS),  # noqa: SIM905
+    **dict.fromkeys(("_cufft_set_plan_cache_max_size", "_cufft_clear_plan_cache", "_propagate_xla_data"), _PROCESS),
+    **dict.fromkeys("set_data rename rename_ backward _backward dist_backward grad retain_grad".split(), _GRADIENTS),  # noqa: SIM905
+}
+_TEST_PREFIX = "_test_"  # aten's own test doubles
 _PLAIN = frozenset(
     f"{module}.{name}"
     for module, names in {
@@ -66,7 +74,7 @@ class _Checker:
         self._roles: dict[str, Callable[[str], None]] = {
             "expr_str": _expression, "guards_code": _guard,
             "target": self._target, "as_operator": self._target,
-            "name": _identifier, "as_name": _identifier, "forward_arg_names": _identifier,
+            "name": _identifier, "as_name": _identifier, "forward_arg_names": _argument,
             "parameter_name": _text, "buffer_name": _text, "tensor_constant_name": _text, "user_input_name": _text, "fqn": _text,
             "field_names": _identifier,
             "in_spec": self._tree, "out_spec": self._tree,
@@ -92,6 +100,9 @@ class _Checker:
     def _object(self, key: str, value: dict[str, Any]) -> None:
         if value.keys() & {"as_custom_obj", "custom_obj"} or value.get("custom_obj_values"):
             raise Refused("it holds a custom object, which is a pickle")
+        names = value.get("forward_arg_names")
+        if isinstance(names, list) and len({str(name) for name in names}) < len(names):
+            raise Refused("two arguments of one name")
         if key == "metadata":
             for name in value.keys() - KEPT_METADATA:
                 del value[name]
@@ -139,8 +150,17 @@ def _guard(text: str) -> None:
 
 def _identifier(text: str) -> None:
     """Names are pasted into generated source as they stand."""
-    if not _IDENTIFIER.fullmatch(text):
+    if not _IDENTIFIER.fullmatch(text) or (text and not text.isidentifier()):
         raise Refused(f"the name {text[:60]!r}, which is no identifier")
+    if keyword.iskeyword(text):
+        raise Refused(f"the name {text!r}, which is no identifier but a word of Python")
+
+
+def _argument(text: str) -> None:
+    """The parameters of the generated `forward`."""
+    if not text:
+        raise Refused("an argument without a name")
+    _identifier(text)
 
 
 def _text(text: str) -> None:
@@ -161,7 +181,9 @@ def _operator(text: str) -> None:
         return
     if (match := _HIGHER.fullmatch(text)) and match[1] in _HIGHER_ORDER:
         return
-    if (match := _OVERLOAD.fullmatch(text)) and match[2] not in _DENIED:
+    if match := _OVERLOAD.fullmatch(text):
+        if reason := _DENIED.get(match[2]) or (match[2].startswith(_TEST_PREFIX) and "only serves torch's tests"):
+            raise Refused(f"the operator {text[:80]!r}, which {reason}")
         return
     raise Refused(f"the operator {text[:80]!r}")
 

@@ -6,14 +6,17 @@ compiled payloads are refused, and the program's JSON is held to program.py. The
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import json
+import logging
 import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from rewriter.backends.files.archive import Archive, one_line, open_archive
-from rewriter.backends.files.atomic import publish, scratch_beside
+from rewriter.backends.files.atomic import publish, reserve, scratch_beside
 from rewriter.backends.files.program import Refused, check_program, output_module
 from rewriter.errors import RewriteError
 
@@ -45,13 +48,15 @@ _ITEM_NBYTES: Final = {  # the serialised number of a dtype -> bytes
     **dict.fromkeys((5, 8, 10, 35), 8),
     11: 16,
 }
+_NODE_NBYTES: Final = 8 << 10
+_MARGIN_NBYTES: Final = 1 << 20
 _WAY_ON: Final = "export the model again with torch.export.save, or give .onnx or .safetensors"
 
 
 def load_pt2(path: Path | str) -> ExportedProgram:
     """The program in a .pt2 without its example inputs; RewriteError with one line for anything that is damaged or could run code."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(prefix="rewriter-") as scratch:
+    with _muted(), tempfile.TemporaryDirectory(prefix="rewriter-") as scratch:
         clean = Path(scratch) / "model.pt2"
         try:
             _copy_checked(path, clean)
@@ -70,8 +75,9 @@ def save_pt2(program: ExportedProgram, path: Path | str, extra: Mapping[str, str
             raise RewriteError(f"{path}: extra file {name!r}; its name may hold letters, digits, '.', '_' and '-' only, rename it")
     bare = copy.copy(program)
     bare._example_inputs = None  # torch then writes zero bytes: no pickle, no user data
-    with scratch_beside(path) as scratch:
+    with _muted(), scratch_beside(path) as scratch:
         raw, clean = scratch / "raw.pt2", scratch / "model.pt2"
+        reserve(scratch, _estimate(bare, extra), files=2)  # raw and clean exist side by side
         try:
             torch.export.save(bare, raw, extra_files=extra)
         except OSError:
@@ -81,6 +87,30 @@ def save_pt2(program: ExportedProgram, path: Path | str, extra: Mapping[str, str
         _copy_checked(raw, clean, shown=path)
         raw.unlink()
         publish(clean, path)
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """torch logs kilobytes before it refuses a program; the user reads our one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _estimate(program: ExportedProgram, extra: Mapping[str, str]) -> int:
+    """What torch.export.save will write at most, nearly: every storage once, and a margin for the JSON with its stack traces."""
+    tensors = [value for value in (*program.state_dict.values(), *program.constants.values()) if isinstance(value, torch.Tensor)]
+    storages = {}
+    for tensor in tensors:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse ones have no storage, and are refused later
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
+    modules = (part for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
+    entries = sum(len(part.graph.nodes) for part in modules) + len(tensors)
+    return sum(storages.values()) + sum(len(text.encode()) for text in extra.values()) + _NODE_NBYTES * entries + _MARGIN_NBYTES
 
 
 def read_extra(path: Path | str) -> dict[str, str]:
@@ -128,21 +158,21 @@ def _check_members(archive: Archive) -> list[str]:
     for name in (*_SMALL, _MODEL, _SAMPLES):
         if name not in archive and name != "byteorder":
             raise Refused(f"it has no {name}")
-    wanted = [name for name in _SMALL if name in archive]
+    wanted = dict.fromkeys(name for name in _SMALL if name in archive)  # ordered, and quick to ask for a hundred thousand names
     for name, content in _SMALL.items():
         if name in archive and (text := archive.read(name, limit=64)) != content and content is not None:
             raise Refused(f"its {name} is {text[:20]!r} and {content!r} is known")
     for folder, (config, names) in _CONFIGS.items():
-        wanted += [config, *_check_payloads(archive, folder, archive.json(config), names)]
+        wanted |= dict.fromkeys([config, *_check_payloads(archive, folder, archive.json(config), names)])
     for name in archive.names():
         if name.startswith("extra/"):
             if not _EXTRA_NAME.fullmatch(name.removeprefix("extra/")):
                 raise Refused(f"the extra file {name[:80]!r}")
-            wanted.append(name)
+            wanted[name] = None
     for name in archive.names():
         if name not in wanted and name not in _IGNORED and name != _MODEL:
             _refuse_stray(name)
-    return wanted
+    return list(wanted)
 
 
 def _refuse_stray(name: str) -> None:

@@ -6,6 +6,7 @@ which unrolls it and so fixes the number of steps.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,8 @@ _RECURRENCES = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.a
 
 def decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
     """A functional program in training-level aten, no_grad and autocast regions flattened, the operators of `table` spelled out."""
-    with symbolic_recurrences():
+    with symbolic_recurrences(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specifications in a way that it deprecated
         return free_strides(program.run_decompositions(dict(table)))
 
 

@@ -70,6 +70,11 @@ def config(name: str, short: str) -> Any:
         return json.loads(source.read(member))
 
 
+def model(name: str) -> Any:
+    """The model.json of a clean export."""
+    return config(name, "models/model.json")
+
+
 def first(document: Any, key: str) -> Any:
     """The first object that holds `key`."""
     stack = [document]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -120,3 +121,34 @@ def test_a_full_disk_leaves_the_old_file(step: str, tmp_path: Path, monkeypatch:
         save_pt2(program("dynamic"), target)
     assert target.read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_a_disk_without_room_is_refused_before_torch_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, offset: int, nbytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(torch.export, "save", lambda *args, **kwargs: pytest.fail("torch would end the process"))
+    with pytest.raises(RewriteError, match=r"writing failed \(No space left on device\).*free some space"):
+        save_pt2(program("static"), tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["static", "conv", "tied", "cond", "llama"])
+def test_what_is_reserved_covers_both_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda handle, offset, nbytes: asked.append(nbytes), raising=False)
+    monkeypatch.setattr(pt2, "_MARGIN_NBYTES", 0)
+    source = program(name)
+    source._example_inputs = None
+    torch.export.save(source, tmp_path / "raw.pt2", extra_files={"note": "x" * 100_000})
+    save_pt2(source, tmp_path / "model.pt2", {"note": "x" * 100_000})
+    assert len(asked) == 2
+    assert min(asked) >= (tmp_path / "raw.pt2").stat().st_size
+
+
+def test_tied_weights_are_reserved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pt2, "_MARGIN_NBYTES", 0)
+    monkeypatch.setattr(pt2, "_NODE_NBYTES", 0)
+    state = 11 * 4 * 4 + 4  # a table that two names share, and the buffer that is saved
+    assert pt2._estimate(program("tied"), {}) == state + 4 + 8  # and the constants

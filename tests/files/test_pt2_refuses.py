@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from rewriter.backends.files import archive as archive_module
+from rewriter.backends.files import pt2
+from rewriter.backends.files.program import Refused, check_program
 from rewriter.backends.files.pt2 import load_pt2
 from rewriter.errors import RewriteError
-from tests.files.payloads import Payload, config, first, rebuild
+from tests.files.payloads import Payload, config, first, model, rebuild
 
 Edit = Callable[[Any, str], None]
 
@@ -100,15 +105,19 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "expr_str power": (_set("expr_str", lambda marker: "9**9**9"), "exponent"),
     "expr_str digits": (_set("expr_str", lambda marker: f"Integer({'9' * 30})"), "digits"),
     "expr_str long": (_set("expr_str", lambda marker: "+".join(["s0"] * 9000)), "characters"),
-    "expr_str deep": (_set("expr_str", lambda marker: "Add(" * 90 + "s0" + ")" * 90), "nesting|no expression"),
+    "expr_str deep": (_set("expr_str", lambda marker: "Add(" * 120 + "s0" + ")" * 120), "nesting|no expression"),
     "expr_str letters": (_set("expr_str", lambda marker: "s\u0660"), "ASCII"),
     "expr_str keyword": (_set("expr_str", lambda marker: "Symbol('s0', evil=True)"), "assumption"),
     "guards_code": (lambda m, marker: m.update(guards_code=[_python(marker)]), "guard"),
     "guards_code call": (lambda m, marker: m.update(guards_code=["L['x'].numpy() == 1"]), "guard"),
     "guards_code name": (lambda m, marker: m.update(guards_code=["torch.load('x') == 1"]), "guard"),
-    "guards_code key": (lambda m, marker: m.update(guards_code=["L[\"it's\"].size()[0] == 1"]), "guard"),
+    "guards_code key": (lambda m, marker: m.update(guards_code=['L["it\'s"].size()[0] == 1']), "guard"),
     "node name": (_node_name, "no identifier"),
     "forward_arg_names": (_set("forward_arg_names", lambda marker: [f"x={_python(marker)}"]), "no identifier"),
+    "forward_arg_names keyword": (_set("forward_arg_names", lambda marker: ["def"]), "a word of Python"),
+    "forward_arg_names empty": (_set("forward_arg_names", lambda marker: [""]), "without a name"),
+    "forward_arg_names twice": (_set("forward_arg_names", lambda marker: ["x", "x"]), "of one name"),
+    "forward_arg_names letter": (_set("forward_arg_names", lambda marker: ["x\u00b2"]), "no identifier"),
     "parameter_name": (_set("parameter_name", lambda marker: 'a"+evil()+"'), "quotes"),
     "defaultdict": (_defaultdict, "defaultdict"),
     "enum": (_enum, "enum"),
@@ -118,6 +127,12 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "target builtin": (_set("target", lambda marker: "_operator.methodcaller"), "operator"),
     "target attribute": (_set("target", lambda marker: "torch.ops.aten.__class__.__call__"), "operator"),
     "target file": (_set("target", lambda marker: "torch.ops.aten.from_file.default"), "operator"),
+    "target namespace": (_set("target", lambda marker: "torch.ops.rngprims.philox_rand.default"), "the operator"),
+    "target profiler": (_set("target", lambda marker: "torch.ops.profiler._record_function_enter_new.default"), "the operator"),
+    "target save": (_set("target", lambda marker: "torch.ops.aten.save.default"), "reads or writes files"),
+    "target process": (_set("target", lambda marker: "torch.ops.aten.manual_seed.default"), "to this process"),
+    "target data": (_set("target", lambda marker: "torch.ops.aten.set_data.default"), "gradients"),
+    "target test": (_set("target", lambda marker: "torch.ops.aten._test_string_default.default"), "torch's tests"),
     "target higher": (_set("target", lambda marker: "torch.ops.higher_order.call_torchbind"), "operator"),
     "target extension": (_set("target", lambda marker: "#os:system"), "operator"),
     "target unknown": (_set("target", lambda marker: "torch.ops.aten.no_such_thing.default"), "not known"),
@@ -134,6 +149,70 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "unknown field": (lambda m, marker: m.update(new_field="evil()"), "new_field"),
     "not a program": (lambda m, marker: m.clear(), "no program"),
 }
+
+
+LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+
+
+def _node(kind: str, context: Any) -> str:
+    return json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
+
+
+ROLES = [
+    ("expr_str", "os", "symbolic expression"),
+    ("guards_code", "evil", "a guard"),
+    ("target", "os.system", "the operator"),
+    ("as_operator", "os.system", "the operator"),
+    ("name", "x=1", "no identifier"),
+    ("as_name", "x=1", "no identifier"),
+    ("forward_arg_names", "x=1", "no identifier"),
+    ("field_names", "x=1", "no identifier"),
+    *[(key, "a'b", "with quotes") for key in ("parameter_name", "buffer_name", "tensor_constant_name", "user_input_name", "fqn")],
+    *[("fqn", f"a{sign}b", "with quotes") for sign in "\"'\\`{}\x00\x1f\x7f\u2028\u2029\u0085"],
+    ("in_spec", "evil", "structure that is no pytree"),
+    ("out_spec", "evil", "structure that is no pytree"),
+    ("out_spec", json.dumps([2, LEAF]), "structure that is no pytree"),  # another protocol
+    ("out_spec", json.dumps([1, {"type": None, "context": None}]), "structure that is no pytree"),
+    ("out_spec", json.dumps([1, LEAF | {"children_spec": "ab"}]), "structure that is no pytree"),
+    ("out_spec", json.dumps([1, "ab"]), "structure that is no pytree"),
+    ("out_spec", _node("builtins.dict", "{"), "context that is no JSON"),
+    ("out_spec", _node("builtins.dict", {"a'b": 1}), "with quotes"),
+    ("out_spec", _node("builtins.dict", [{"a": "a'b"}]), "with quotes"),
+    ("nn_module_stack", "a\nb", "the module path"),
+    ("torch_fn", "a\nb", "the module path"),
+    ("as_float", "evil", "as_float"),
+    ("anything", "e'vil", "anything"),
+]
+
+
+@pytest.mark.parametrize(("key", "text", "match"), ROLES)
+def test_each_string_is_held_to_its_role(key: str, text: str, match: str) -> None:
+    for value in (text, [text]):
+        document = model("dynamic")
+        document["graph_module"]["graph"]["inputs"].append({key: value})
+        with pytest.raises(Refused, match=match):
+            check_program(document)
+
+
+@pytest.mark.parametrize("key", ["as_custom_obj", "custom_obj", "custom_obj_values"])
+def test_custom_objects_are_refused(key: str) -> None:
+    with pytest.raises(Refused, match="custom object"):
+        check_program({"graph_module": {key: {"a": 1}}})
+
+
+@pytest.mark.parametrize("key", ["tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values"])
+def test_names_of_values_are_identifiers(key: str) -> None:
+    with pytest.raises(Refused, match="no identifier"):
+        check_program({"graph_module": {"graph": {key: {"x=1": {}}}}})
+
+
+@pytest.mark.parametrize("between", ["graph", "metadata"])
+def test_only_arguments_of_nodes_are_loose(between: str) -> None:
+    text = {"as_string": "it's"}
+    check_program({"graph_module": {"graph": {"nodes": [{"inputs": [{"arg": text}]}]}}})
+    inner = {"torch_fn": text} if between == "metadata" else {"inputs": [text]}
+    with pytest.raises(Refused, match="with quotes"):
+        check_program({"graph_module": {"graph": {"nodes": [{"inputs": [{"arg": {between: inner}}]}]}}})
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -172,6 +251,11 @@ TABLES: dict[str, tuple[Callable[[Any], None], str]] = {
     "symbolic": (_meta(sizes=[{"as_expr": {"expr_str": "evil()"}}], strides=[{"as_int": 1}]), "shape and dtype"),
     "expanded": (_meta(sizes=[{"as_int": 1 << 50}], strides=[{"as_int": 0}]), "too few"),
     "sparse": (_meta(layout=1), "sparse"),
+    "device": (_meta(device={"type": "meta", "index": None}), "lies on 'meta'"),
+    "strides": (_meta(sizes=[{"as_int": 1}] * 2, strides=[{"as_int": 1}]), "impossible"),
+    "rank": (_meta(sizes=[{"as_int": 1}] * 65, strides=[{"as_int": 1}] * 65), "impossible"),
+    "fraction": (_meta(sizes=[{"as_int": 1.5}], strides=[{"as_int": 1}]), "impossible"),
+    "entry": (lambda table: table.update({next(iter(table)): 1}), "a table of weights that is not one"),
 }
 
 
@@ -285,3 +369,98 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
 def test_a_program_that_torch_cannot_rebuild_is_one_line(tmp_path: Path) -> None:
     path = rebuild(tmp_path / "m.pt2", model=lambda m: m["graph_module"]["graph"]["nodes"].pop(0))
     refused(path, "cannot rebuild")
+
+
+@pytest.mark.parametrize("table", [b"[]", b'{"config": []}', b'{"config": {"a": 1}}', b"{}"])
+def test_tables_that_are_none_are_refused(table: bytes, tmp_path: Path) -> None:
+    path = rebuild(tmp_path / "m.pt2", replace={"data/constants/model_constants_config.json": table})
+    refused(path, "a table of weights that is not one")
+
+
+def test_classes_with_their_own_reader_are_refused(tmp_path: Path) -> None:
+    class Plain:
+        pass
+
+    class Read:
+        pass
+
+    name = f"{__name__}."
+    reader: dict[str, Any] = {"to_dumpable_context": lambda context: context, "from_dumpable_context": lambda context: context}
+    for kind, given in ((Plain, {}), (Read, reader)):
+        pytree.register_pytree_node(kind, lambda x: ([], None), lambda x, c: None, serialized_type_name=name + kind.__name__, **given)
+    try:
+        assert pt2._registered_plainly(name + "Plain")
+        assert not pt2._registered_plainly(name + "Read")
+        assert not pt2._registered_plainly(name + "Unknown")
+        spec = {"type": name + "Read", "context": "null", "children_spec": []}
+        refused(rebuild(tmp_path / "m.pt2", model=lambda m: _tree(m, spec)), "the class")
+    finally:
+        for kind in (Plain, Read):
+            pytree._deregister_pytree_node(kind)
+
+
+def test_outputs_of_a_module_that_is_missing_are_refused(tmp_path: Path) -> None:
+    spec = {"type": "transformers.models.none.modeling_none.Output", "context": "null", "children_spec": []}
+    refused(rebuild(tmp_path / "m.pt2", model=lambda m: _tree(m, spec)), "cannot be imported here")
+
+
+def test_the_fallback_of_torch_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.export, "load", lambda *args, **kwargs: pytest.fail("it reads other members of the zip"))
+    assert load_pt2(rebuild(tmp_path / "m.pt2")) is not None
+    refused(rebuild(tmp_path / "n.pt2", model=lambda m: m["graph_module"]["graph"]["nodes"].pop(0)), "cannot rebuild")
+
+
+def test_a_copy_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pt2, "_copy_checked", full)
+    refused(rebuild(tmp_path / "m.pt2"), "cannot be copied for loading .*No space left on device.*TMPDIR")
+
+
+def test_extra_texts_are_bounded_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rebuild(tmp_path / "m.pt2", replace={"extra/note": b"\xff\xff"})
+    with pytest.raises(RewriteError, match="'note' is no UTF-8 text"):
+        pt2.read_extra(path)
+    monkeypatch.setattr(pt2, "_MAX_EXTRA_NBYTES", 1)
+    with pytest.raises(RewriteError, match="holds 2 bytes and 1 are allowed"):
+        pt2.read_extra(path)
+
+
+class _Names:
+    """An archive of many extra files."""
+
+    def __init__(self, extras: int) -> None:
+        self._held = [*pt2._SMALL, pt2._MODEL, pt2._SAMPLES, *(f"extra/{i}" for i in range(extras))]
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def names(self) -> list[str]:
+        return self._held
+
+    def json(self, name: str) -> Any:
+        return {"config": {}}
+
+    def read(self, name: str, limit: int) -> bytes:
+        return pt2._SMALL[name] or b""
+
+
+def test_many_members_are_checked_in_linear_time() -> None:
+    start = time.process_time()
+    assert len(pt2._check_members(_Names(60_000))) > 60_000  # type: ignore[arg-type]
+    assert time.process_time() - start < 5
+
+
+def test_refusals_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def noisy(*args: object) -> None:
+        logging.getLogger("torch.export").critical("a page of stack traces")
+        raise RewriteError(f"{path}: refused")
+
+    path = rebuild(tmp_path / "m.pt2")
+    before = logging.root.manager.disable
+    monkeypatch.setattr(pt2, "_load_trusted", noisy)
+    caplog.clear()
+    refused(path, "refused")
+    assert caplog.records == []
+    assert logging.root.manager.disable == before
