@@ -17,6 +17,7 @@ from rewriter.errors import RewriteError
 
 PREFIXES = ("module.", "model.", "_orig_mod.")  # left by DataParallel, wrappers and torch.compile
 _SHOWN = 5
+_MAX_NDIM = 64  # torch's own
 _ITEM_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
@@ -56,16 +57,20 @@ def _check_safetensors(path: Path) -> None:
         raise RewriteError(f"{path}: cannot be read ({one_line(problem)}); check the path") from problem
     for name, entry in header.items():
         shape, dtype, offsets = entry.get("shape"), entry.get("dtype"), entry["data_offsets"]
-        if dtype not in _ITEM_BITS or not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        if not isinstance(dtype, str) or dtype not in _ITEM_BITS or not _is_shape(shape):
             raise RewriteError(f"{path}: tensor {name!r} has dtype {dtype!r} and shape {shape!r}, which are none; write the file again")
-        assert isinstance(offsets, list)
+        assert isinstance(offsets, list) and isinstance(shape, list)
         count = 1
         for size in shape:
             count *= size
-        if (count * _ITEM_BITS[str(dtype)] + 7) // 8 != offsets[1] - offsets[0]:
+        if (count * _ITEM_BITS[dtype] + 7) // 8 != offsets[1] - offsets[0]:
             raise RewriteError(
                 f"{path}: tensor {name!r} of shape {shape} {dtype} does not fill its {offsets[1] - offsets[0]} bytes; write the file again"
             )
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, list) and len(shape) <= _MAX_NDIM and all(type(size) is int and size >= 0 for size in shape)
 
 
 def _call(arch: str) -> nn.Module:

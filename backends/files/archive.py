@@ -87,6 +87,19 @@ def one_line(problem: object) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def read_object(file: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a small file beside a model; RewriteError where it is none, the absurdly nested included."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise RewriteError(f"{file} is nested too deeply; expected {what}, fetch or write it again") from None
+    except (OSError, ValueError) as problem:
+        raise RewriteError(f"{file} is no JSON ({one_line(problem)}); expected {what}, fetch or write it again") from None
+    if not isinstance(content, dict):
+        raise RewriteError(f"{file} holds no object but {type(content).__name__}; expected {what}, fetch or write it again")
+    return content
+
+
 def _common_root(names: list[str]) -> str:
     roots = {name.split("/", 1)[0] for name in names}
     return f"{roots.pop()}/" if len(roots) == 1 and all("/" in name for name in names) else ""

@@ -6,9 +6,10 @@ folder does not hold is refused, never initialised at random.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from rewriter.backends.files.archive import one_line, read_object
 from rewriter.backends.files.export import export_module
 from rewriter.backends.files.flat import PAST, flatten, model_specs, transformers_patches
 from rewriter.errors import RewriteError
@@ -39,6 +41,10 @@ TASKS = {
 }
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
 HINTS = {"height": 224, "width": 224, "samples": 16000, "frames": 128}  # sizes to trace with where small ones vanish in strides
+MAX_LAYERS = 10_000
+MAX_LABELS = 1_000_000
+_COUNTED = re.compile(r"(?:.*_)?(?:layers?|depths?|blocks|stages|experts|codebooks)")  # transformers runs a Python loop over each
+_IMPLEMENTATION = re.compile(r"_?\w*_implementation(?:_internal)?")
 
 
 @dataclass
@@ -93,7 +99,10 @@ def _positions(config: Any) -> int:
 def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters: Sequence[tuple[str, float]] = ()) -> FolderModel:
     """Load a folder as transformers saves them. `adapters` are (folder, scale) of LoRA adapters, kept as branches."""
     folder = Path(path)
+    for where in (folder, *(Path(adapter) for adapter, _ in adapters)):
+        _check_links(where)
     config = _read_config(folder)
+    _check_shards(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import transformers
@@ -143,18 +152,77 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise RewriteError(f"{folder} is an adapter; give its base model's folder, and this one as --adapter {folder}")
         raise RewriteError(f"{folder} has no config.json; a Hugging Face folder holds config.json and *.safetensors")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RewriteError(f"{file} is no JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise RewriteError(f"{file} holds no object; expected a model's configuration")
+    config = read_object(file, "a model's configuration")
+    if (folder / "adapter_config.json").is_file():  # which transformers would mix in, or not, as peft is installed or not
+        raise RewriteError(f"{folder} holds an adapter beside its model; move it to a folder of its own and give that as --adapter")
     if config.get("auto_map"):
         raise RewriteError(
             f"{folder} brings its own Python code (auto_map in config.json), which is never run; "
             "export it yourself and give the .pt2 or .onnx"
         )
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RewriteError(f"{file}: architectures is {one_line(repr(names))}; it must list class names, correct it or fetch it again")
+    for key, value in _entries(config):
+        _check_entry(file, key, value)
     return config
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, those of sub-configurations too, however deep."""
+    stack: list[Any] = [config]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            stack.extend(part for key, part in value.items() if key not in ("id2label", "label2id"))
+        elif isinstance(value, list):
+            stack.extend(value)
+
+
+def _check_entry(file: Path, key: str, value: Any) -> None:
+    """What would make transformers build without end, or fetch its kernels from a repository."""
+    limit = MAX_LABELS if key == "num_labels" else MAX_LAYERS if _COUNTED.fullmatch(key) else None
+    sizes = [size for size in (value if isinstance(value, list) else [value]) if isinstance(size, int)]
+    if limit is not None and (sum(sizes) if key.endswith("depths") else max(sizes, default=0)) > limit:
+        raise RewriteError(f"{file}: {key} is above {limit}, which no model has; correct it or fetch the folder again")
+    if _IMPLEMENTATION.fullmatch(key) and "/" in repr(value):
+        raise RewriteError(
+            f"{file}: {key} is {one_line(repr(value))}, code from a repository, which is never run; remove it, or name a built-in one"
+        )
+    if key == "transformers_weights" and value is not None and not _is_plain_name(value):
+        raise RewriteError(f"{file}: {key} is {one_line(repr(value))}; only the name of a file in the folder is allowed, copy it there")
+
+
+def _is_plain_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", value)
+
+
+def _check_links(folder: Path) -> None:
+    """Nothing outside the folder is read. The hub's cache links each snapshot's files to blobs beside it: its repository is one folder."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        home = home.parent.parent
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            inside = not file.is_symlink() or file.resolve().is_relative_to(home)
+        except (OSError, RuntimeError):  # a link to itself
+            inside = False
+        if not inside:
+            raise RewriteError(f"{file} links to a file outside {home}; only files in the folder are read, copy it there")
+
+
+def _check_shards(folder: Path) -> None:
+    """The index names the files that transformers opens, by whatever path it says."""
+    for file in sorted(folder.glob("*.index.json")):
+        shards = read_object(file, "an index of weights").get("weight_map")
+        if not isinstance(shards, dict):
+            raise RewriteError(f"{file} has no weight_map from tensors to files; fetch or write it again")
+        for shard in shards.values():
+            if not _is_plain_name(shard):
+                raise RewriteError(f"{file} names {one_line(repr(shard))}; only names of files in the folder are allowed, copy it there")
+            if not (folder / shard).is_file():
+                raise RewriteError(f"{file} names {shard!r}, which {folder} does not hold; fetch the folder again")
 
 
 def _model_class(transformers: Any, config: Mapping[str, Any], task: str | None) -> Any:
@@ -164,7 +232,13 @@ def _model_class(transformers: Any, config: Mapping[str, Any], task: str | None)
             raise RewriteError(f"--task {task!r} is not known; choose one of {', '.join(TASKS)}")
         return found
     names = config.get("architectures") or []
-    return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
+    found = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    if found is transformers.AutoModel or (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return found
+    raise RewriteError(
+        f"config.json names the class {one_line(repr(names[0]))}, which is no model of transformers {transformers.__version__}; "
+        f"correct architectures, or choose a head with --task ({', '.join(TASKS)})"
+    )
 
 
 def _load_weights(transformers: Any, chosen: Any, folder: Path) -> tuple[Any, list[str]]:
@@ -181,13 +255,25 @@ def _load_weights(transformers: Any, chosen: Any, folder: Path) -> tuple[Any, li
             str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=safe, dtype="auto", output_loading_info=True
         )
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise RewriteError(f"{folder} cannot be loaded as {chosen.__name__}: {lines[0]}") from error
+        raise _unloaded(folder, chosen, error) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
     return model.eval(), _missing(model, folder, sorted(info["missing_keys"]))
+
+
+def _unloaded(folder: Path, chosen: Any, error: Exception) -> RewriteError:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text recommends to run it
+        return RewriteError(
+            f"{folder}: its .bin weights are a pickle that does more than hold tensors, which is not run; "
+            "load it where you trust it and save the model as safetensors"
+        )
+    text = one_line(str(error).replace(":\n", ": "))
+    if "ignore_mismatched_sizes" in text:
+        text = "its weights have other shapes than config.json says"
+    kind = "" if " " in text else f"{type(error).__name__} "  # a bare name says nothing without its kind
+    return RewriteError(f"{folder} cannot be loaded as {chosen.__name__}: {kind}{text}; fetch it again, or choose another --task")
 
 
 def _missing(model: Any, folder: Path, missing: Sequence[str]) -> list[str]:

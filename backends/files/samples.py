@@ -13,6 +13,10 @@ from rewriter.errors import RewriteError
 
 MAX_NBYTES = 64 << 30
 _MAX_HEADER_NBYTES = 10_000
+_DTYPES = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+    "complex64", "complex128",
+)  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -71,6 +75,8 @@ def _check_header(archive: Archive, name: str) -> None:
         raise RewriteError(f"{archive.path}: {name} is a damaged array ({one_line(problem)}); write the file again") from problem
     if dtype.hasobject:
         raise RewriteError(f"{archive.path}: {name} holds Python objects, which are pickles; write arrays of numbers")
+    if dtype.name not in _DTYPES:
+        raise RewriteError(f"{archive.path}: {name} holds {_shown(dtype)}; only {', '.join(_DTYPES)} are read, convert it to one of them")
     count = 1
     for size in shape:
         count *= size
@@ -78,7 +84,13 @@ def _check_header(archive: Archive, name: str) -> None:
         raise RewriteError(f"{archive.path}: {name} declares {list(shape)} {dtype} and holds {archive.nbytes(name)} bytes; write it again")
 
 
+def _shown(dtype: np.dtype[Any]) -> str:
+    """A structured dtype may list thousands of fields, which nobody reads."""
+    return f"records of {len(dtype.names)} fields" if dtype.names else dtype.name
+
+
 def _array(archive: Archive, name: str) -> Array:
+    """In the machine's own byte order, whatever wrote it."""
     import io
 
     stream = io.BytesIO(archive.read(name, limit=MAX_NBYTES))
@@ -86,4 +98,4 @@ def _array(archive: Archive, name: str) -> Array:
         array: Array = npy.read_array(stream, allow_pickle=False, max_header_size=_MAX_HEADER_NBYTES)
     except Exception as problem:
         raise RewriteError(f"{archive.path}: {name} is a damaged array ({one_line(problem)}); write the file again") from problem
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

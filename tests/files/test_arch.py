@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def needs(size):
 
 def breaks():
     raise KeyError("inside")
+
+class Stubborn(nn.Linear):
+    def _load_from_state_dict(self, *args):
+        raise ValueError("first\\nsecond")
+
+def stubborn():
+    return Stubborn(2, 2)
 
 number = 3
 text = str
@@ -97,6 +105,14 @@ def test_safetensors_come_back(tmp_path: Path) -> None:
         ({"shape": [1 << 40]}, "does not fill"),
         ({"shape": [-1]}, "which are none"),
         ({"dtype": "X9"}, "which are none"),
+        ({"dtype": ["F32"]}, "which are none"),
+        ({"dtype": {"a": 1}}, "which are none"),
+        ({"dtype": None}, "which are none"),
+        ({"shape": [True]}, "which are none"),
+        ({"shape": "2"}, "which are none"),
+        ({"shape": [1] * 65}, "which are none"),
+        ({"shape": [3]}, "does not fill"),
+        ({"dtype": "F64"}, "does not fill"),
         ({"data_offsets": [0, 4000]}, "truncated"),
         ({"data_offsets": [8, 0]}, "truncated"),
         ({"data_offsets": "x"}, "no data_offsets"),
@@ -105,10 +121,50 @@ def test_safetensors_come_back(tmp_path: Path) -> None:
 def test_headers_that_lie_are_refused(change: dict[str, object], match: str, tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | change}).encode()
     (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
-    with pytest.raises(RewriteError, match=match):
+    with pytest.raises(RewriteError, match=match) as caught:
         load_safetensors(tmp_path / "m")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RewriteError, match="cannot be read"):
         load_safetensors(tmp_path / "none")
+
+
+def test_headers_that_only_the_library_refuses_are_one_line(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    for table, body in (({"w": entry}, 16), ({"w": entry, "v": entry}, 8)):  # bytes of nobody; two tensors over the same bytes
+        header = json.dumps(table).encode()
+        (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * body)
+        with pytest.raises(RewriteError, match="not a readable safetensors file") as caught:
+            load_safetensors(tmp_path / "m")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("factory", ["make", "breaks", "nothing"])
+def test_the_path_of_modules_is_as_it_was(factory: str, module: str) -> None:
+    before = list(sys.path)
+    try:
+        build(f"{module}:{factory}")
+    except RewriteError:
+        assert factory != "make"
+    with pytest.raises(RewriteError):
+        build("no_such_module_anywhere:make")
+    assert sys.path == before
+
+
+def test_weights_of_another_dtype_become_the_modules(module: str) -> None:
+    state = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double().state_dict()
+    built = build(f"{module}:make", state)
+    assert {tensor.dtype for tensor in built.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in built.state_dict().items())
+
+
+def test_weights_of_the_modules_dtype_are_not_copied(module: str) -> None:
+    state = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).state_dict()
+    built = build(f"{module}:make", state)
+    assert all(tensor.data_ptr() == state[name].data_ptr() for name, tensor in built.state_dict().items())
+
+
+def test_a_module_that_cannot_load_is_one_line(module: str) -> None:
+    refused(f"{module}:stubborn", r"the weights cannot be loaded \(first\)", {"weight": torch.ones(2, 2), "bias": torch.ones(2)})

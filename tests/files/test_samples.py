@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from rewriter.backends.files.samples import load_lines, load_npz
+from rewriter.backends.files import samples
+from rewriter.backends.files.samples import Array, load_lines, load_npz
 from rewriter.errors import RewriteError
 from tests.files.payloads import Payload
 
@@ -94,3 +96,56 @@ def test_what_is_no_text_is_refused(content: bytes, match: str, tmp_path: Path) 
         load_lines(tmp_path / "d.txt")
     with pytest.raises(RewriteError, match="cannot be read"):
         load_lines(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.array(["a", "bc"]), "x.npy holds str64; only bool, int8, .*float64"),
+        (np.array([b"a"]), "holds bytes8"),
+        (np.array(["2020-01-01"], "M8[D]"), r"holds datetime64\[D\]"),
+        (np.array([3], "m8[s]"), r"holds timedelta64\[s\]"),
+        (np.zeros(2, [("a", "f4"), ("b", "i8")]), "holds records of 2 fields"),
+        (np.zeros(2, "V2"), "holds void16"),
+        (np.zeros(2, np.longdouble), "holds .*longdouble|holds float"),
+        (np.zeros(2, np.clongdouble), "holds .*longdouble|holds complex"),
+    ],
+)
+def test_arrays_that_hold_no_plain_numbers_are_refused(array: Array, match: str, tmp_path: Path) -> None:
+    if array.dtype == np.float64 or array.dtype == np.complex128:
+        pytest.skip("long double is double here")
+    np.savez(tmp_path / "d.npz", x=array)
+    refused(tmp_path / "d.npz", match)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "i2", "i8", "u4", "c8"])
+def test_either_byte_order_is_read(dtype: str, tmp_path: Path) -> None:
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    np.savez(tmp_path / "d.npz", big=array.astype(">" + dtype), little=array.astype("<" + dtype))
+    for loaded in load_npz(tmp_path / "d.npz").values():
+        assert loaded.dtype == array.dtype
+        assert loaded.dtype.isnative
+        assert torch.as_tensor(loaded).tolist() == array.tolist()
+
+
+def test_a_negative_size_is_refused(tmp_path: Path) -> None:
+    refused(_npz(tmp_path / "a.npz", _header((-2, -2)), b"\0" * 16), "declares")
+
+
+def test_a_header_may_not_be_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "_array", None)  # refused before anything is read
+    text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }" + b" " * 20_000
+    header = b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text
+    refused(_npz(tmp_path / "a.npz", header, b"\0" * 8), "damaged array")
+
+
+def test_the_reader_itself_takes_no_pickle_and_no_long_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second lock: were the header's check wrong, numpy would still refuse."""
+    marker = tmp_path / "ran"
+    np.savez(tmp_path / "d.npz", x=np.array([Payload(marker)], dtype=object))
+    monkeypatch.setattr(samples, "_check_header", lambda archive, name: None)
+    refused(tmp_path / "d.npz", "damaged array")
+    assert not marker.exists()
+    monkeypatch.setattr(samples, "_MAX_HEADER_NBYTES", 10)
+    np.savez(tmp_path / "e.npz", x=np.ones(2))
+    refused(tmp_path / "e.npz", "damaged array")

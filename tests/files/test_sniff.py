@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,8 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
 
-from rewriter.backends.files.sniff import Kind, recognise
+from rewriter.backends.files import sniff
+from rewriter.backends.files.sniff import Kind, read_safetensors_header, recognise
 from rewriter.errors import RewriteError
 from tests.files.payloads import rebuild
 
@@ -118,3 +120,58 @@ def test_huge_onnx_files_are_not_read(tmp_path: Path) -> None:
 def test_sniffing_imports_no_framework() -> None:
     code = "import sys, rewriter.backends.files.sniff; sys.exit(any(name in sys.modules for name in ('torch', 'onnx', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def _forged(path: Path, nbytes: int) -> Path:
+    """A torch.save archive whose directory declares another size for its first member."""
+    torch.save({"w": torch.ones(300)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 24 : entry + 28] = nbytes.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+def test_a_zip_bomb_is_refused_and_a_compressed_archive_is_not(tmp_path: Path) -> None:
+    refused(_forged(tmp_path / "bomb", 2_000_000_000), "do not use it")
+    with zipfile.ZipFile(tmp_path / "small", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", bytes(1_000_000))
+        archive.writestr("m/version", "3")
+    assert recognise(tmp_path / "small") is Kind.TORCH_ZIP
+
+
+def _header_of(path: Path, size: int, text: bytes) -> Path:
+    path.write_bytes(size.to_bytes(8, "little") + text)
+    return path
+
+
+def test_a_safetensors_header_may_not_be_huge_or_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = b'{"a":' + b"[" * 200_000
+    refused(_header_of(tmp_path / "deep", len(deep), deep), "not JSON")
+    path = _header_of(tmp_path / "m", 20, b"{}" + b" " * 18)
+    assert recognise(path) is Kind.SAFETENSORS
+    monkeypatch.setattr(sniff, "MAX_HEADER_NBYTES", 19)
+    refused(path, "neither")
+    with path.open("rb") as file, pytest.raises(RewriteError, match="truncated safetensors"):
+        read_safetensors_header(path, file, path.stat().st_size)
+
+
+def test_a_number_has_at_most_ten_bytes(tmp_path: Path) -> None:
+    for zeros, match in ((8, None), (9, "neither")):
+        (tmp_path / "m").write_bytes(b"\x08" + b"\x80" * (zeros + 1) + b"\x00" + b"\x3a\x02\x0a\x00")
+        if match:
+            refused(tmp_path / "m", match)
+        else:
+            assert recognise(tmp_path / "m") is Kind.ONNX
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", "not a regular file")
+    (tmp_path / "m").write_bytes(b"x" * 100)
+
+    def denied(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)  # root reads whatever its mode says
+    refused(tmp_path / "m", "may not be read by this user")

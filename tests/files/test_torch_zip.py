@@ -92,3 +92,59 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         for name in source.namelist():
             bomb.writestr(name, source.read(name))
     refused(tmp_path / "bomb.pt", "declare")
+
+
+def _zip(path: Path, pickled: bytes) -> Path:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"}.items():
+            archive.writestr(f"m/{name}", content)
+    return path
+
+
+@pytest.mark.parametrize("pickled", [b"", b"\x80\x02", b"hello", b"\x80\x02}X"])
+def test_a_damaged_pickle_is_one_line(pickled: bytes, tmp_path: Path) -> None:
+    refused(_zip(tmp_path / "m.pt", pickled), "torch cannot read it|does more than hold tensors")
+
+
+def test_what_torch_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("first\nsecond")
+
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    monkeypatch.setattr(torch, "load", broken)
+    assert "second" not in refused(tmp_path / "m.pt", r"torch cannot read it \(first\)")
+    with pytest.raises(RewriteError, match=r"the trusted pickle cannot be read \(first\)"):
+        load_torch(tmp_path / "m.pt", trust_pickle=True)
+
+
+def test_tensors_are_asked_for_without_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = torch.load
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.update(options)
+        return real(*args, **options)
+
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    monkeypatch.setattr(torch, "load", spy)
+    load_torch(tmp_path / "m.pt")
+    assert seen["weights_only"] is True
+
+
+def test_a_refusal_needs_no_list_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ValueError("no list")
+
+    torch.save(Mine(), tmp_path / "m.pt")
+    monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", broken)
+    text = refused(tmp_path / "m.pt", "does more than hold tensors")
+    assert "--trust-pickle" in text
+
+
+def test_a_trusted_pickle_of_unknown_classes_is_one_line(tmp_path: Path) -> None:
+    path = _zip(tmp_path / "m.pt", b"cno_such_module_anywhere\nThing\n.")
+    with pytest.raises(RewriteError, match=r"the trusted pickle cannot be read .*no_such_module_anywhere") as caught:
+        load_torch(path, trust_pickle=True)
+    assert "\n" not in str(caught.value)
