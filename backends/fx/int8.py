@@ -6,6 +6,7 @@ call.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -40,6 +41,8 @@ def _pack(graph: FxGraph, node: Node) -> Callable[[Tensor], Tensor]:
     dense = graph.const(weight)
     assert dense is not None
     scale = (dense.abs().amax(1) / 127).clamp_min(1e-12).double()
-    rounded = torch.quantize_per_channel(dense, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch is about to move its quantised tensors elsewhere
+        rounded = torch.quantize_per_channel(dense, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
     pack = torch.ops.quantized.linear_prepack(rounded, graph.const(bias) if bias is not None else None)
     return lambda x: torch.ops.quantized.linear_dynamic(x, pack, False)
