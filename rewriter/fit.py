@@ -61,7 +61,7 @@ def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision
         else:
             open_sites.append(site)
 
-    model = graph.fingerprint()
+    model = graph.fingerprint() if plan.lossy else ""  # exact discovery is not remembered
 
     def first_look(site: Site) -> Decision | None:
         found = _discovered(graph, plan, site)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
 import importlib
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from rewriter import registry, sampling
 from rewriter.backend import EmitOptions, Target
-from rewriter.cache import FitCache, default_folder
+from rewriter.cache import FitCache
 from rewriter.calibrate import Calibration, Feeds, Samples
 from rewriter.errors import RewriteError
 from rewriter.fit import site_cost
@@ -27,12 +26,13 @@ from rewriter.inputs import parse_dims
 from rewriter.latency import grew, latencies
 from rewriter.memory import return_freed_blocks
 from rewriter.options import Options
+from rewriter.places import cache_folder, check_suffix, out_path, publish, size
 from rewriter.progress import Progress
 from rewriter.report import Latency, OutputError, Report, site_row
 from rewriter.rule import AbstractPass, Context, Decision
 from rewriter.select import select
 from rewriter.tolerances import EQUAL
-from rewriter.verify import Metric, certify
+from rewriter.verify import certify, load_metric
 from rewriter.versions import versions, warn_untested
 
 ELSEWHERE = ("out", "cache", "force", "quiet")  # where a run's files lie and how it spoke: nothing of the model
@@ -67,7 +67,7 @@ class Result:
         """Put the emitted, verified model at `path`; RewriteError where nothing was emitted or the file exists."""
         if self.emitted is None:
             raise RewriteError(f"there is nothing to save: {self.message}")
-        _check_suffix(Path(path), self.emitted.suffix)
+        check_suffix(Path(path), self.emitted.suffix)
         return publish(self.emitted, Path(path), force)
 
 
@@ -109,10 +109,10 @@ def rewrite(
     model: Any, options: Options, data: Any = None, publish_to_out: bool = True, passes: Sequence[AbstractPass] | None = None
 ) -> Result:
     """The whole job; with `publish_to_out` the emitted model ends at --out (default MODEL.rewritten.SUFFIX)."""
-    out = _out(model, options) if publish_to_out else None
+    out = out_path(model, options) if publish_to_out else None
     job = _prepare(model, options, data, passes)
     if out is not None:
-        _check_suffix(out, job.target.suffix)
+        check_suffix(out, job.target.suffix)
     failure = _decide(job)
     if failure is None and not job.rewritten and not options.allow_noop:
         failure = (1, "nothing was rewritten: " + _why_nothing(job))
@@ -140,7 +140,7 @@ def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
     first, second = _open(a, options), _open(b, options)
     _same_interface(first.graph, second.graph)
     samples = sampling.everything(first, options.data, options.samples, options.seed)
-    found = certify(first.graph.run, second.graph.run, samples, options.max_error, _metric(options))
+    found = certify(first.graph.run, second.graph.run, samples, options.max_error, load_metric(options.metric))
     return found, 3 if options.max_error is not None and found.upper > options.max_error else 0
 
 
@@ -228,18 +228,11 @@ def _context(
         share=options.share,
         consent=options.max_error is not None,
         selected=selected,
-        fits=FitCache(_cache_folder(options)),
+        fits=FitCache(cache_folder(options)),
         progress=calibration.progress,
         seed=options.seed,
         decisions=decisions,
     )
-
-
-def _cache_folder(options: Options) -> Path:
-    folder = Path(options.cache) if options.cache else default_folder()
-    if folder.exists() and not folder.is_dir():
-        raise RewriteError(f"--cache {folder} is a file; give a folder, which is made where there is none")
-    return folder
 
 
 def _target(options: Options, source: Any, out: str | None) -> Target:
@@ -254,29 +247,6 @@ def _target(options: Options, source: Any, out: str | None) -> Target:
     if source.graph.format not in target.accepts:
         raise RewriteError(f"--target {name} needs a torch model, this one is ONNX; give --target onnxruntime or onnx")
     return target
-
-
-def _out(model: Any, options: Options) -> Path:
-    """Where the model goes, checked before the work begins."""
-    if options.out:
-        path = Path(options.out)
-    elif isinstance(model, str | Path):
-        given = Path(model)
-        torch_like = options.target == "torch" or (options.target is None and given.suffix != ".onnx")
-        path = given.with_name(f"{given.stem if given.is_file() else given.name}.rewritten{'.pt2' if torch_like else '.onnx'}")
-    else:
-        raise RewriteError("a model in memory has no name to write next to; give out=, or use result.save(path)")
-    if path.exists() and not options.force:
-        raise RewriteError(f"{path} exists; give --force to replace it, or another -o OUT")
-    if not path.parent.is_dir():
-        raise RewriteError(f"the folder {path.parent} does not exist; make it, or give another -o OUT")
-    return path
-
-
-def _check_suffix(path: Path, suffix: str) -> None:
-    """A file whose name says another format would mislead whoever opens it."""
-    if path.suffix in (".onnx", ".pt2") and path.suffix != suffix:
-        raise RewriteError(f"{path} would hold an {suffix} model; give a name that ends in {suffix}, or another --target")
 
 
 def _decide(job: Job) -> tuple[int, str] | None:
@@ -329,21 +299,8 @@ def _why_nothing(job: Job) -> str:
     return f"{len(job.sites)} sites were kept, {reasons.count(most)} of them because: {most}"
 
 
-def _metric(options: Options) -> tuple[str, Metric] | None:
-    if options.metric is None:
-        return None
-    module, _, function = options.metric.partition(":")
-    try:
-        found: Callable[..., float] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RewriteError(
-            f"--metric {options.metric} cannot be imported: {error}; give MODULE:FUNCTION(dense, rewritten, feeds) -> float"
-        ) from error
-    return options.metric, found
-
-
 def _certificate(job: Job, run: Callable[[Feeds], Mapping[str, Tensor]], samples: Samples) -> OutputError:
-    return certify(job.reference, run, samples, job.options.max_error, _metric(job.options))
+    return certify(job.reference, run, samples, job.options.max_error, load_metric(job.options.metric))
 
 
 def _emit(job: Job, out: Path | None) -> Result:
@@ -418,20 +375,6 @@ def _not_smaller(
         said = ", ".join(f"{r.ratio:.2f}x at T={r.tokens}" for r in rows if r.ratio is not None)
         return 1, f"the rewritten model is slower than dense ({said}); nothing was written (--force writes it all the same)"
     return None
-
-
-def size(path: Path) -> int:
-    """Bytes of a model file and of the data files that lie beside it under its name."""
-    return sum(p.stat().st_size for p in path.parent.glob(f"{glob.escape(path.name)}*") if p.is_file())
-
-
-def publish(emitted: Path, out: Path, force: bool) -> Path:
-    """Move a model and its data files into place: data first, under names of their own, the model last."""
-    if out.exists() and not force:
-        raise RewriteError(f"{out} exists; give --force to replace it")
-    publisher = importlib.import_module("rewriter.backends.files.publish")
-    publisher.publish(emitted, out)
-    return out
 
 
 def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: dict[str, int | None], planned: bool) -> Report:

@@ -7,6 +7,7 @@ input law and no other.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from rewriter.report import OutputError
 REPLICATIONS = 16
 CONFIDENCE = 0.95
 Run = Callable[[Feeds], Mapping[str, Tensor]]
+_METRIC = "MODULE:FUNCTION(dense, rewritten, feeds) -> float"
 Metric = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Feeds], float]
 
 
@@ -71,12 +73,24 @@ def certify(
     return replace(worst, metric={"name": metric[0], "estimate": estimate, "half_width": half})
 
 
+def load_metric(name: str | None) -> tuple[str, Metric] | None:
+    """--metric MODULE:FUNCTION with its name; RewriteError where it cannot be imported."""
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        found: Metric = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RewriteError(f"--metric {name} cannot be imported: {error}; give {_METRIC}") from error
+    return name, found
+
+
 def _score(metric: tuple[str, Metric], dense: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: Feeds) -> float:
     try:
         return float(metric[1](dense, other, batch))
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RewriteError(f"--metric {metric[0]} failed ({said}); give MODULE:FUNCTION(dense, rewritten, feeds) -> float") from error
+        raise RewriteError(f"--metric {metric[0]} failed ({said}); give {_METRIC}") from error
 
 
 def _certificate(name: str, tally: _Tally, samples: Samples, bound: float | None) -> OutputError:

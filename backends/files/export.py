@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
+from rewriter.backends.files.quiet import muted
 from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.errors import RewriteError
 from rewriter.inputs import InputSpec, dim_names, fill_sizes
@@ -137,17 +137,14 @@ def _traceable(module: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients, and without the fused encoder kernel, which would hide six linears in one node."""
     training = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    muted = logging.root.manager.disable
     with contextlib.suppress(NotImplementedError):  # a program's module is in eval mode for ever
         module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), whole_recurrences(), warnings.catch_warnings():
+        with torch.no_grad(), whole_recurrences(), warnings.catch_warnings(), muted():
             warnings.simplefilter("ignore")  # an LSTM reassigns its own weight list while traced
-            logging.disable(logging.CRITICAL)  # torch logs a page for every failed attempt; the user reads our one line
             yield
     finally:
-        logging.disable(muted)
         torch.backends.mha.set_fastpath_enabled(fast)
         for part, flag in training:
             part.training = flag

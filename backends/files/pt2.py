@@ -6,17 +6,14 @@ compiled payloads are refused, and the program's JSON is held to program.py. The
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import json
-import logging
 import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +24,7 @@ from torch.utils import _pytree as pytree
 from rewriter.backends.files.archive import Archive, one_line, open_archive
 from rewriter.backends.files.atomic import publish, reserve, scratch_beside
 from rewriter.backends.files.program import Refused, check_program, output_module
+from rewriter.backends.files.quiet import muted
 from rewriter.errors import RewriteError
 
 _MODEL: Final = "models/model.json"
@@ -56,7 +54,7 @@ _WAY_ON: Final = "export the model again with torch.export.save, or give .onnx o
 def load_pt2(path: Path | str) -> ExportedProgram:
     """The program in a .pt2 without its example inputs; RewriteError with one line for anything that is damaged or could run code."""
     path = Path(path)
-    with _muted(), tempfile.TemporaryDirectory(prefix="rewriter-") as scratch:
+    with muted(), tempfile.TemporaryDirectory(prefix="rewriter-") as scratch:
         clean = Path(scratch) / "model.pt2"
         try:
             _copy_checked(path, clean)
@@ -75,7 +73,7 @@ def save_pt2(program: ExportedProgram, path: Path | str, extra: Mapping[str, str
             raise RewriteError(f"{path}: extra file {name!r}; its name may hold letters, digits, '.', '_' and '-' only, rename it")
     bare = copy.copy(program)
     bare._example_inputs = None  # torch then writes zero bytes: no pickle, no user data
-    with _muted(), scratch_beside(path) as scratch:
+    with muted(), scratch_beside(path) as scratch:
         raw, clean = scratch / "raw.pt2", scratch / "model.pt2"
         reserve(scratch, _estimate(bare, extra), files=2)  # raw and clean exist side by side
         try:
@@ -89,23 +87,12 @@ def save_pt2(program: ExportedProgram, path: Path | str, extra: Mapping[str, str
         publish(clean, path)
 
 
-@contextmanager
-def _muted() -> Iterator[None]:
-    """torch logs kilobytes before it refuses a program; the user reads our one line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _estimate(program: ExportedProgram, extra: Mapping[str, str]) -> int:
     """What torch.export.save will write at most, nearly: every storage once, and a margin for the JSON with its stack traces."""
     tensors = [value for value in (*program.state_dict.values(), *program.constants.values()) if isinstance(value, torch.Tensor)]
     storages = {}
     for tensor in tensors:
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse ones have no storage, and are refused later
+        if tensor.layout is torch.strided:  # sparse ones have no storage, and are refused later
             storage = tensor.untyped_storage()
             storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
     modules = (part for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))

@@ -50,6 +50,18 @@ class Mlp(nn.Module):
 
 
 MLP = "x:float32[batch,seq,24]"
+WIDE = "x:float32[batch,seq,96]"
+
+
+class WideMlp(nn.Module):
+    """x (batch, seq, 96) -> first -> relu -> second; large enough that a factored file is smaller."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.second = linear(decaying(128, 96, power=power), normal(128, seed=2)), linear(decaying(64, 128, 1, power))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": self.second(torch.relu(self.first(x)))}
 
 
 class Net(nn.Module):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rewriter import registry
 from rewriter.operator import AbstractOperator
@@ -44,11 +43,3 @@ def my_pass() -> Iterator[Any]:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits and timings of an example are nobody else's."""
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

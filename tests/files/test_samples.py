@@ -16,6 +16,8 @@ from rewriter.backends.files.samples import Array, load_lines, load_npz
 from rewriter.errors import RewriteError
 from tests.files.payloads import Payload
 
+WIDER = [kind for kind in (np.longdouble, np.clongdouble) if np.dtype(kind) not in (np.float64, np.complex128)]  # none on some machines
+
 
 def refused(path: Path, match: str, **options: Any) -> None:
     with pytest.raises(RewriteError, match=match) as caught:
@@ -107,13 +109,10 @@ def test_what_is_no_text_is_refused(content: bytes, match: str, tmp_path: Path) 
         (np.array([3], "m8[s]"), r"holds timedelta64\[s\]"),
         (np.zeros(2, [("a", "f4"), ("b", "i8")]), "holds records of 2 fields"),
         (np.zeros(2, "V2"), "holds void16"),
-        (np.zeros(2, np.longdouble), "holds .*longdouble|holds float"),
-        (np.zeros(2, np.clongdouble), "holds .*longdouble|holds complex"),
+        *[(np.zeros(2, kind), f"holds {np.dtype(kind).name}") for kind in WIDER],
     ],
 )
 def test_arrays_that_hold_no_plain_numbers_are_refused(array: Array, match: str, tmp_path: Path) -> None:
-    if array.dtype == np.float64 or array.dtype == np.complex128:
-        pytest.skip("long double is double here")
     np.savez(tmp_path / "d.npz", x=array)
     refused(tmp_path / "d.npz", match)
 
