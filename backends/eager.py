@@ -1,4 +1,7 @@
-"""Torch eager: each word one or two tensor operations; the oracle that every other interpretation must match."""
+"""Torch eager: each word one or two tensor operations; the oracle that every other interpretation must match.
+
+A recurrence is a Python loop; where the length is a symbol (under torch.export) it is torch's `scan`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from rewriter.ops import Step
 
 
 class EagerOps:
@@ -43,3 +48,78 @@ class EagerOps:
 
     def pad(self, x: Tensor, width: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+    def literal(self, tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor.to(like)
+
+    def unfold(self, x: Tensor, *sizes: int) -> Tensor:
+        return x.reshape(*x.shape[:-1], *sizes)
+
+    def fold(self, x: Tensor, axes: int = 2) -> Tensor:
+        return x.flatten(-axes)
+
+    def swap(self, x: Tensor, a: int = -1, b: int = -2) -> Tensor:
+        return x.transpose(a, b)
+
+    def contract(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def sub(self, a: Tensor, b: Tensor) -> Tensor:
+        return a - b
+
+    def exp(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+    def log(self, x: Tensor) -> Tensor:
+        return x.log()
+
+    def reciprocal(self, x: Tensor) -> Tensor:
+        return x.reciprocal()
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True)
+
+    def cumulate(self, x: Tensor, axis: int) -> Tensor:
+        return x.cumsum(axis)
+
+    def last(self, x: Tensor, axis: int) -> Tensor:
+        return x.narrow(axis, x.shape[axis] - 1, 1)
+
+    def unit_lower_inverse(self, x: Tensor) -> Tensor:
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        solved: Tensor = torch.linalg.solve_triangular(eye + x, eye.expand_as(x), upper=False, unitriangular=True)
+        return solved
+
+    def chunks(self, x: Tensor, size: int, axis: int) -> Tensor:
+        padded = torch.nn.functional.pad(x, [0, 0] * (x.dim() - axis - 1) + [0, -x.shape[axis] % size])
+        cut: Tensor = padded.unflatten(axis, (-1, size))
+        return cut
+
+    def joined(self, x: Tensor, like: Tensor, axis: int) -> Tensor:
+        return x.flatten(axis, axis + 1).narrow(axis, 0, like.shape[axis])
+
+    def zeros(self, like: Tensor, *sizes: int) -> Tensor:
+        return like.new_zeros(like.shape[0], *sizes)
+
+    def recurrence(self, step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        if isinstance(xs[0].shape[1], torch.SymInt):
+            return _scan(step, states, xs)
+        rows: list[Sequence[Tensor]] = []
+        for t in range(xs[0].shape[1]):
+            states, ys = step(states, [x[:, t] for x in xs])
+            rows.append(ys)
+        return list(states), [torch.stack(column, 1) for column in zip(*rows, strict=True)]
+
+
+def _scan(step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    from torch._higher_order_ops import scan  # a prototype of torch's, needed only where a length is a symbol
+
+    def body(carry: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        new, ys = step(carry, row)
+        return [s.clone() for s in new], [y.clone() for y in ys]  # scan forbids outputs that alias
+
+    last, ys = scan(body, list(states), [x.movedim(1, 0) for x in xs])
+    return list(last), [y.movedim(0, 1) for y in ys]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewriter.inputs import InputSpec
-from rewriter.operator import AbstractMatrix
+from rewriter.operator import AbstractMap, AbstractOperator
 
 Node = Any
 Value = Any
@@ -49,6 +49,24 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Port:
+    """A value as a map takes or gives it: taken as a place takes its x, given as a place gives its y."""
+
+    value: Value
+    layout: Layout = PLAIN
+    lone: bool = False  # the value has no batch axis, the map sees a batch of one
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes that a map replaces, with what goes in and comes out, in the map's own order."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port | None, ...]  # None where nothing reads it
+
+
+@dataclass(frozen=True)
 class WeightRef:
     """Where a site's (m, n) matrix is stored: scale * permute(const(value), axes).reshape(m, n)."""
 
@@ -75,8 +93,10 @@ class Site:
     dtype: torch.dtype | None
     places: tuple[Place, ...]
     weights: Mapping[str, WeightRef] = field(default_factory=dict)
-    operator: AbstractMatrix | None = None  # what already stands there
+    operator: AbstractOperator | None = None  # what already stands there
     reason: str = ""
+    region: Region | None = None  # of attention and recurrences that were read
+    form: AbstractMap | None = None  # what the region's nodes compute, exactly
 
 
 class Graph(Protocol):
@@ -141,17 +161,23 @@ class Graph(Protocol):
         """(node, operand) wherever the parameter behind a constant value is used, views looked through, under whatever tied name."""
         ...
 
-    def operator(self, node: Node) -> AbstractMatrix | None:
+    def operator(self, node: Node) -> AbstractOperator | None:
         """The operator of a node whose `op` is "structured"."""
         ...
 
-    def can_splice(self, place: Place) -> str:
+    def can_splice(self, place: Place | Region) -> str:
         """ "" when `splice` can work there, else the reason."""
         ...
 
-    def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
-        """At each place ONE opaque node that holds the operator, layout changes around it, then bias * bias_scale + shift. The factors
-        become stored parameters named `<site name>.<field>`. The old nodes stay, unused, until `prune`."""
+    def splice(self, site: Site, operator: AbstractOperator, shift: Tensor | None = None) -> None:
+        """At each place ONE opaque node that holds the operator, layout changes around it, then bias * bias_scale + shift; a map takes its
+        region's place instead. The factors become stored parameters named `<site name>.<field>`. The old nodes stay, unused, until
+        `prune`."""
+        ...
+
+    def compute(self, wanted: Sequence[Value], given: Mapping[Value, Tensor]) -> list[Tensor]:
+        """The wanted values from the given ones and from stored tensors, in the float type of the given ones (float64 to tell equal from
+        close); RewriteError where something else is needed or an operation cannot be computed."""
         ...
 
     def restore(self, site: Site) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rewriter.cost import Cost, count
 from rewriter.errors import RewriteError
-from rewriter.ops import AnyOps
+from rewriter.ops import AnyOps, AnySequenceOps
 
 
 class AbstractOperator(abc.ABC):
@@ -33,8 +33,22 @@ class AbstractOperator(abc.ABC):
             AbstractOperator.kinds[cls.__name__] = cls
 
     @abc.abstractmethod
-    def apply(self, ops: AnyOps, *inputs: Any) -> tuple[Any, ...]:
+    def apply(self, ops: Any, *inputs: Any) -> tuple[Any, ...]:
         """The images of the inputs."""
+
+    @abc.abstractmethod
+    def cost(self, tokens: int = 1) -> Cost:
+        """Stored numbers, bytes, and operations for `tokens` tokens (2 per multiply-add)."""
+
+    @classmethod
+    @abc.abstractmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        """A small instance, rectangular and no power of two, for the contract tests."""
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same operator with its weights in another float type (index tensors stay)."""
+        leaves, spec = flatten(self)
+        return unflatten(spec, [t.to(dtype) if t.is_floating_point() else t for t in leaves])  # type: ignore[return-value]
 
 
 class AbstractMatrix(AbstractOperator):
@@ -51,11 +65,6 @@ class AbstractMatrix(AbstractOperator):
     @abc.abstractmethod
     def product(self, ops: AnyOps, x: Any) -> Any:
         """The image of x, (..., n) -> (..., m)."""
-
-    @classmethod
-    @abc.abstractmethod
-    def random(cls, rng: torch.Generator) -> Self:
-        """A small instance, rectangular and no power of two, for the contract tests."""
 
     def apply(self, ops: AnyOps, *inputs: Any) -> tuple[Any, ...]:
         """One input, one output."""
@@ -75,10 +84,86 @@ class AbstractMatrix(AbstractOperator):
         """Stored numbers, bytes, and operations for `tokens` rows (2 per multiply-add)."""
         return count(lambda ops, x: self.product(ops, x), self.shape[1], tokens)
 
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same operator with its weights in another float type (index tensors stay)."""
-        leaves, spec = flatten(self)
-        return unflatten(spec, [t.to(dtype) if t.is_floating_point() else t for t in leaves])  # type: ignore[return-value]
+
+Dims = tuple[str | int, ...]  # a name is a size that varies, such as "batch" and "time"
+
+
+class AbstractMap(AbstractOperator):
+    """A map of several values to several values. It may be spelled in more than one form; the first is the oracle that the others match.
+
+    Laws: every form agrees with the first one; `outputs` are the shapes that `apply` gives for `inputs`.
+    """
+
+    @abc.abstractmethod
+    def inputs(self) -> Mapping[str, Dims]:
+        """What it takes, in order, with shapes."""
+
+    @abc.abstractmethod
+    def outputs(self) -> Mapping[str, Dims]:
+        """What it gives, in order, with shapes."""
+
+    @abc.abstractmethod
+    def forms(self) -> tuple[str, ...]:
+        """The names of its spellings, the oracle first."""
+
+    @abc.abstractmethod
+    def spelled(self, form: str, ops: AnySequenceOps, *inputs: Any) -> tuple[Any, ...]:
+        """The images of the inputs in one form."""
+
+    def apply(self, ops: AnySequenceOps, *inputs: Any) -> tuple[Any, ...]:
+        """In the last form, which is the one that is meant to be fast."""
+        return self.spelled(self.forms()[-1], ops, *inputs)
+
+    def cost(self, tokens: int = 1) -> Cost:
+        """Of the last form, for one sequence of `tokens` tokens."""
+        from rewriter.registry import counted
+
+        cost: Cost = counted(self, tokens)
+        return cost
+
+
+class AbstractRecurrence(AbstractMap):
+    """A map linear in its state: (x_1 .. x_k, states) -> (y_1 .. y_l, states); x and y are (batch, time, n), states (batch, ...).
+
+    Laws: scanning `step` is the form "sequential", the oracle; a sequence cut in two, the state carried over, gives what the whole gives.
+    """
+
+    carried: bool  # a field: whether the first state is an input; where it is not, it is zero
+
+    @abc.abstractmethod
+    def sequences(self) -> Mapping[str, Dims]:
+        """The x's."""
+
+    @abc.abstractmethod
+    def results(self) -> Mapping[str, Dims]:
+        """The y's."""
+
+    @abc.abstractmethod
+    def states(self) -> Mapping[str, Dims]:
+        """The states."""
+
+    @abc.abstractmethod
+    def step(self, ops: AnySequenceOps, states: Sequence[Any], xs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """One token: states and x's of (batch, n) -> new states and y's of (batch, n)."""
+
+    def inputs(self) -> Mapping[str, Dims]:
+        return {**self.sequences(), **(self.states() if self.carried else {})}
+
+    def outputs(self) -> Mapping[str, Dims]:
+        return {**self.results(), **self.states()}
+
+    def forms(self) -> tuple[str, ...]:
+        return ("sequential",)
+
+    def sequential(self, ops: AnySequenceOps, states: Sequence[Any], xs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The oracle: one step after the other."""
+        return ops.recurrence(lambda s, x: self.step(ops, s, x), states, xs)
+
+    def spelled(self, form: str, ops: AnySequenceOps, *inputs: Any) -> tuple[Any, ...]:
+        xs = inputs[: len(self.sequences())]
+        states = inputs[len(xs) :] if self.carried else [ops.zeros(xs[0], *dims[1:]) for dims in self.states().values()]  # type: ignore[arg-type]
+        states, ys = getattr(self, form)(ops, states, xs)
+        return (*ys, *states)
 
 
 def _walk(operator: AbstractOperator) -> Iterator[Tensor]:
@@ -144,16 +229,16 @@ def _decode(value: Any, leaves: Sequence[Tensor]) -> Any:
     return kind(**{name: _decode(v, leaves) for name, v in value["fields"].items()})
 
 
-def spec_shape(spec: str) -> tuple[int, int]:
-    """(m, n) of the matrix that a spec describes, from shapes alone."""
+def skeleton(spec: str) -> tuple[AbstractOperator, list[Tensor]]:
+    """The operator of a spec with shapes and no numbers, and its tensors."""
+    shapes: dict[int, list[int]] = {}
 
-    def empties(value: Any) -> Iterator[tuple[int, Tensor]]:
-        if isinstance(value, dict) and "tensor" in value:
-            yield value["tensor"], torch.empty(value["shape"], device="meta")
-        elif isinstance(value, dict):
-            for item in [*value.get("fields", {}).values(), *value.get("tuple", [])]:
-                yield from empties(item)
+    def note(value: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(value.get("tensor"), int):
+            shapes[value["tensor"]] = value["shape"]
+        return value
 
-    matrix = unflatten(spec, [t for _, t in sorted(empties(json.loads(spec)), key=lambda pair: pair[0])])
-    assert isinstance(matrix, AbstractMatrix)
-    return matrix.shape
+    json.loads(spec, object_hook=note)
+    leaves = [torch.empty(shapes[i], device="meta") for i in range(len(shapes))]
+    return unflatten(spec, leaves), leaves
+

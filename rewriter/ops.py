@@ -7,7 +7,7 @@ only when a structure cannot be said without it, and every interpretation gains 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -59,4 +59,85 @@ class Ops(Protocol[V]):
         ...
 
 
+class SequenceOps(Ops[V], Protocol[V]):
+    """The words of maps on sequences. Values are (batch, time, n), states (batch, ...); axes are counted from the end, sizes of weights,
+    heads and chunks are numbers, batch and time never are."""
+
+    def literal(self, tensor: Tensor, like: V) -> V:
+        """A fixed tensor that is no weight (a mask, a factor), in the type of `like`."""
+        ...
+
+    def unfold(self, x: V, *sizes: int) -> V:
+        """(..., n) -> (..., *sizes): the last axis unfolded."""
+        ...
+
+    def fold(self, x: V, axes: int = 2) -> V:
+        """(..., a, b) -> (..., a*b): the last `axes` axes joined; their sizes are numbers."""
+        ...
+
+    def swap(self, x: V, a: int = -1, b: int = -2) -> V:
+        """Two axes exchanged."""
+        ...
+
+    def contract(self, a: V, b: V) -> V:
+        """(..., i, j), (..., j, k) -> (..., i, k), leading axes broadcast."""
+        ...
+
+    def add(self, a: V, b: V) -> V:
+        """Elementwise sum, broadcast."""
+        ...
+
+    def mul(self, x: V, w: V) -> V:
+        """Elementwise product, broadcast; w may be any value."""
+        ...
+
+    def sub(self, a: V, b: V) -> V:
+        """Elementwise difference, broadcast."""
+        ...
+
+    def exp(self, x: V) -> V: ...
+
+    def log(self, x: V) -> V: ...
+
+    def reciprocal(self, x: V) -> V: ...
+
+    def softmax(self, x: V) -> V:
+        """Along the last axis."""
+        ...
+
+    def total(self, x: V) -> V:
+        """(..., n) -> (..., 1): the sum along the last axis."""
+        ...
+
+    def cumulate(self, x: V, axis: int) -> V:
+        """Running sums along an axis whose size is a number."""
+        ...
+
+    def last(self, x: V, axis: int) -> V:
+        """The last slice along an axis, which becomes 1 long."""
+        ...
+
+    def unit_lower_inverse(self, x: V) -> V:
+        """(..., c, c) strictly lower triangular L -> (I + L)^-1; stable where the factors are correlated, so no Neumann series."""
+        ...
+
+    def chunks(self, x: V, size: int, axis: int) -> V:
+        """Axis `axis` (from the front), of any length t, -> (ceil(t/size), size), zeros behind."""
+        ...
+
+    def joined(self, x: V, like: V, axis: int) -> V:
+        """The inverse of `chunks`: axes `axis` and `axis + 1` joined, and cut to the length that `axis` has in `like`."""
+        ...
+
+    def zeros(self, like: V, *sizes: int) -> V:
+        """(batch of like, *sizes) zeros."""
+        ...
+
+    def recurrence(self, step: Step[V], states: Sequence[V], xs: Sequence[V]) -> tuple[list[V], list[V]]:
+        """Scan `step` along axis 1 of every x: (states, slices of xs) -> (states, ys). Gives the last states, and the ys along axis 1."""
+        ...
+
+
+Step = Callable[[Sequence[V], Sequence[V]], tuple[Sequence[V], Sequence[V]]]
 AnyOps = Ops[Any]
+AnySequenceOps = SequenceOps[Any]

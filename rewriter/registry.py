@@ -40,6 +40,11 @@ def eager_ops() -> Any:
     return importlib.import_module("rewriter.backends.eager").EagerOps()
 
 
+def counted(operator: Any, tokens: int) -> Any:
+    """The cost of a map."""
+    return importlib.import_module("rewriter.backends.counting").counted(operator, tokens)
+
+
 def structures() -> dict[str, Any]:
     """Every structure family by its name on the command line."""
     from rewriter.structure import AbstractStructure

@@ -1,4 +1,5 @@
-"""structured::site(x, factors, spec, width): one opaque node per rewritten site, until emission lowers it.
+"""structured::site(x, factors, spec, width), for maps structured::map(inputs, factors, spec): one opaque node per rewritten site, until
+emission lowers it.
 
 The spec (see rewriter.operator.flatten) names the operator, the factors are its tensors; so the node holds the operator and nothing else
 has to. Importing this module defines the op.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.eager import EagerOps
-from rewriter.operator import unflatten
+from rewriter.operator import AbstractMap, unflatten
 
 LIBRARY = torch.library.Library("structured", "DEF")
 LIBRARY.define("site(Tensor x, Tensor[] factors, str spec, int width, str name) -> Tensor")
@@ -25,10 +26,28 @@ def body(x: Tensor, factors: Sequence[Tensor], spec: str, width: int, name: str)
     return y
 
 
+def map_body(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
+    """The same for a map: in the form that is meant to be fast."""
+    operator = unflatten(spec, list(factors))
+    # an operator of torch may give no input back, nor one tensor twice
+    return [y.clone() if any(y is x for x in inputs) else y for y in operator.apply(EagerOps(), *inputs)]
+
+
+def _fake_map(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
+    operator = unflatten(spec, list(factors))
+    assert isinstance(operator, AbstractMap)
+    sizes = {dim: n for x, dims in zip(inputs, operator.inputs().values(), strict=True) for dim, n in zip(dims, x.shape, strict=True)}
+    return [inputs[0].new_empty([n if isinstance(n, int) else sizes[n] for n in dims]) for dims in operator.outputs().values()]
+
+
 def _fake(x: Tensor, factors: Sequence[Tensor], spec: str, width: int, name: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
+LIBRARY.define("map(Tensor[] inputs, Tensor[] factors, str spec, str name) -> Tensor[]")
+LIBRARY.impl("map", map_body, "CompositeExplicitAutograd")
+torch.library.register_fake("structured::map", _fake_map, lib=LIBRARY)
 LIBRARY.impl("site", body, "CompositeExplicitAutograd")
 torch.library.register_fake("structured::site", _fake, lib=LIBRARY)
 SITE = torch.ops.structured.site.default
+MAP = torch.ops.structured.map.default

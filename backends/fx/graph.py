@@ -17,16 +17,17 @@ from torch.fx import Graph, Node
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.export import output_names
-from rewriter.backends.fx import edit, names
+from rewriter.backends.fx import edit, names, region
+from rewriter.backends.fx.compute import compute
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
-from rewriter.backends.fx.custom_op import SITE
+from rewriter.backends.fx.custom_op import MAP, SITE
 from rewriter.backends.fx.interpreter import run
 from rewriter.backends.fx.trace import copy_inputs_that_leave, decomposed, settle_attention
 from rewriter.cache import fingerprint
 from rewriter.errors import RewriteError
-from rewriter.graph import Place, Site
+from rewriter.graph import Place, Region, Site
 from rewriter.inputs import InputSpec
-from rewriter.operator import AbstractMatrix, flatten, unflatten
+from rewriter.operator import AbstractMatrix, AbstractOperator, flatten, unflatten
 
 
 class FxGraph:
@@ -116,13 +117,15 @@ class FxGraph:
     def storage_users(self, value: Node) -> Sequence[tuple[Node, Node]]:
         return self.constants.users(self.constants.root(value))
 
-    def operator(self, node: Node) -> AbstractMatrix | None:
-        if node.target is not SITE:
+    def operator(self, node: Node) -> AbstractOperator | None:
+        if node.target not in (SITE, MAP):
             return None
         factors = [self.constants.load(f) for f in node.args[1]]  # type: ignore[arg-type, union-attr]
-        return unflatten(str(node.args[2]), factors)  # type: ignore[return-value]
+        return unflatten(str(node.args[2]), factors)
 
-    def can_splice(self, place: Place) -> str:
+    def can_splice(self, place: Place | Region) -> str:
+        if isinstance(place, Region) and (refused := region.refusal(place)):
+            return refused
         body = self._bodies[place.nodes[-1].graph]
         while body.call is not None:
             if str(body.call.target) != "cond":
@@ -134,11 +137,22 @@ class FxGraph:
     def can_tap(self, value: Node) -> bool:
         return not any(self.can_splice(Place((value,), value, value)))
 
-    def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
+    def splice(self, site: Site, operator: AbstractOperator, shift: Tensor | None = None) -> None:
         if site.id in self._spliced:
             self.restore(site)
         leaves, spec = flatten(operator)
         factors = [self._store(f"{site.name}.structured.{i}", leaf) for i, leaf in enumerate(leaves)]
+        if isinstance(operator, AbstractMatrix):
+            self._splice_matrix(site, operator, spec, factors, shift)
+        else:
+            assert site.region is not None
+            local = [edit.thread(f, self._bodies[site.region.nodes[-1].graph]) for f in factors]
+            pairs = self._spliced[site.id] = region.stand_in(site.region, self._current, self.mode, local, spec, site.name)
+            for old, new in pairs:
+                old.replace_all_uses_with(new)
+        self._settle()
+
+    def _splice_matrix(self, site: Site, operator: AbstractMatrix, spec: str, factors: list[Node], shift: Tensor | None) -> None:
         totals: dict[object, Node | None] = {}
         pairs = self._spliced[site.id] = list[tuple[Node, Node]]()
         for place in site.places:
@@ -148,7 +162,6 @@ class FxGraph:
             new = self._stand_in(site, place, operator.shape[0], spec, factors, totals[key])
             place.y.replace_all_uses_with(new)
             pairs.append((place.y, new))
-        self._settle()
 
     def _store(self, name: str, tensor: Tensor) -> Node:
         """A new parameter under a name that nothing has."""
@@ -250,6 +263,9 @@ class FxGraph:
         settle_attention(clean.program)
         copy_inputs_that_leave(clean.program)
         return to_onnx(clean.program, opset, self._output_names)
+
+    def compute(self, wanted: Sequence[Node], given: Mapping[Node, Tensor]) -> list[Tensor]:
+        return compute(wanted, given, self.const)
 
     def specs(self) -> list[InputSpec]:
         found = []

@@ -71,6 +71,7 @@ OPERATIONS: dict[str, str] = {
     "aten.rnn_tanh_cell": "rnn_cell",
     "aten.rnn_relu_cell": "rnn_cell",
     "structured.site": "structured",
+    "structured.map": "structured",
     "cond": "cond",
     "scan": "scan",
     "while_loop": "loop",

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from rewriter.backend import EmitOptions, Runner
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.files.pt2 import load_pt2, save_pt2
-from rewriter.backends.fx.custom_op import SITE, body
+from rewriter.backends.fx.custom_op import MAP, SITE, body, map_body
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.interpreter import run
 from rewriter.backends.fx.trace import decomposed
@@ -32,7 +32,7 @@ def lower(graph: FxGraph) -> ExportedProgram:
     """The program with every opaque site spelled in plain aten and nothing unused in it."""
     clean = graph.clone()
     clean.prune()
-    return decomposed(clean.program, {SITE: body})
+    return decomposed(clean.program, {SITE: body, MAP: map_body})
 
 
 def as_module(program: ExportedProgram) -> GraphModule:

@@ -16,9 +16,10 @@ import torch
 from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, values
 
 from rewriter.backends.files.archive import one_line
-from rewriter.backends.fx.custom_op import SITE
+from rewriter.backends.fx.custom_op import MAP, SITE
 from rewriter.backends.fx.trace import symbolic_recurrences
 from rewriter.errors import RewriteError
+from rewriter.operator import skeleton
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,7 +29,7 @@ T = TypeVar("T", FLOAT, FLOAT16, BFLOAT16, DOUBLE)
 MAX_OPSET = 25
 
 
-def _site_op() -> values.Op:
+def _site_op(outputs: int = 1) -> values.Op:
     import onnx
 
     schema = onnx.defs.OpSchema
@@ -39,15 +40,21 @@ def _site_op() -> values.Op:
         "structured",
         1,
         inputs=[formal("values", "V", param_option=schema.FormalParameterOption.Variadic, is_homogeneous=False)],
-        outputs=[formal("y", "T")],
+        outputs=[formal(f"y{i}", "T") for i in range(outputs)],
         type_constraints=[("T", floats, ""), ("V", [*floats, "tensor(int64)"], "")],
-        attributes=[schema.Attribute("spec", schema.AttrType.STRING, ""), schema.Attribute("site", schema.AttrType.STRING, "")],
+        attributes=[schema.Attribute(name, schema.AttrType.STRING, "") for name in ("spec", "site", "map")],
     )
     return values.Op(values.Opset("structured", 1), "Site", opaque)
 
 
 def _translate(x: T, factors: Sequence[T], spec: str, width: int, name: str) -> T:
-    return _site_op()(x, *factors, spec=spec, site=name)  # type: ignore[no-any-return]
+    return _site_op()(x, *factors, spec=spec, site=name, map="")  # type: ignore[no-any-return]
+
+
+def _translate_map(inputs: Sequence[T], factors: Sequence[T], spec: str, name: str) -> Sequence[T]:
+    count = len(skeleton(spec)[0].outputs())  # type: ignore[attr-defined]
+    found = _site_op(count)(*inputs, *factors, spec=spec, site=name, map="map")
+    return [found] if count == 1 else list(found)
 
 
 def to_onnx(program: ExportedProgram, opset: int, output_names: Sequence[str]) -> ir.Model:
@@ -59,7 +66,7 @@ def to_onnx(program: ExportedProgram, opset: int, output_names: Sequence[str]) -
                 dynamo=True,
                 opset_version=opset,
                 output_names=list(output_names),
-                custom_translation_table={SITE: _translate},
+                custom_translation_table={SITE: _translate, MAP: _translate_map},
                 verbose=False,
             )
         except Exception as error:

@@ -5,7 +5,7 @@ So a transposed, sliced, rescaled or dequantised weight looks like the stored on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -60,12 +60,14 @@ class Constants:
         return self._evaluate(node)[node.outputs.index(value)]
 
     def _evaluate(self, node: ir.Node) -> list[Tensor]:
-        operands = {v.name or "": v for v in node.inputs if v is not None}
+        return self.evaluate(ir.to_proto(node), {v.name or "": self.load(v) for v in node.inputs if v is not None})
+
+    def evaluate(self, node: onnx.NodeProto, operands: Mapping[str, Tensor]) -> list[Tensor]:
+        """One node on tensors, by onnx.reference: in whatever float type they have."""
         infos = [onnx.ValueInfoProto(name=name) for name in operands]
-        outputs = [onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name]
-        graph = onnx.helper.make_graph([ir.to_proto(node)], "constant", infos, outputs)
-        feeds = {name: _array(self.load(v)) for name, v in operands.items()}
-        found = self._evaluator(graph).run(None, feeds)
+        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+        graph = onnx.helper.make_graph([node], "constant", infos, outputs)
+        found = self._evaluator(graph).run(None, {name: _array(tensor) for name, tensor in operands.items()})
         assert isinstance(found, list)
         return [array_to_torch(array) for array in found]
 

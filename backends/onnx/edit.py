@@ -14,7 +14,7 @@ from rewriter.backends.onnx.names import SCOPES
 from rewriter.backends.onnx.opaque import field_paths, opaque
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.graph import Place, Site
-from rewriter.operator import AbstractMatrix, flatten
+from rewriter.operator import AbstractOperator, flatten
 
 
 class Names:
@@ -43,7 +43,7 @@ def store(model: ir.Model, names: Names, tensor: Tensor, name: str) -> ir.Value:
     return value
 
 
-def store_factors(model: ir.Model, names: Names, site: str, operator: AbstractMatrix) -> tuple[list[ir.Value], str]:
+def store_factors(model: ir.Model, names: Names, site: str, operator: AbstractOperator) -> tuple[list[ir.Value], str]:
     """The operator's tensors as `<site>.<field>`, and its spec."""
     leaves, spec = flatten(operator)
     return [store(model, names, leaf, f"{site}.{path}") for leaf, path in zip(leaves, field_paths(spec), strict=True)], spec
@@ -106,9 +106,9 @@ def stand_in(
         _typed(value, shape, x)
     if layout.join > 1:
         shape = [*shape[: -layout.join], n]
-        value = tape.op("Reshape", [value, _ints(tape, *[0] * (len(shape) - 1), n)])
+        value = tape.op("Reshape", [value, ints(tape, *[0] * (len(shape) - 1), n)])
         _typed(value, shape, x)
-    node = opaque(value, factors, spec, site.name, len(shape))
+    node = opaque([value], factors, spec, site.name, len(shape))
     scopes = place.nodes[0].metadata_props.get(SCOPES)
     if scopes:
         node.metadata_props[SCOPES] = scopes
@@ -117,7 +117,7 @@ def stand_in(
     _typed(value, [*shape[:-1], m], x)
     value = total.add(tape, value, bias, place.bias_scale)
     if layout.spread:
-        value = tape.op("Reshape", [value, _ints(tape, *[0] * (len(shape) - 1), *layout.spread)])
+        value = tape.op("Reshape", [value, ints(tape, *[0] * (len(shape) - 1), *layout.spread)])
     if layout.after:
         value = tape.op("Transpose", [value], {"perm": list(layout.after)})
     return value
@@ -127,5 +127,6 @@ def _typed(value: ir.Value, shape: Sequence[object], like: ir.Value) -> None:
     value.shape, value.type = ir.Shape(shape), like.type  # type: ignore[arg-type]
 
 
-def _ints(tape: Tape, *numbers: int) -> ir.Value:
+def ints(tape: Tape, *numbers: int) -> ir.Value:
+    """A constant list of whole numbers."""
     return tape.op("Constant", [], {"value_ints": list(numbers)})

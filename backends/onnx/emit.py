@@ -11,8 +11,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from rewriter.backends.files.archive import one_line
+from rewriter.backends.onnx.contrib import DOMAIN as CONTRIB_DOMAIN
+from rewriter.backends.onnx.contrib import DTYPES as CONTRIB_DTYPES
+from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.opaque import DOMAIN, VERSION, is_opaque, kind, opaque, overload, spec_of
 from rewriter.backends.onnx.ops import LOWERINGS, function
+from rewriter.backends.onnx.sequence_ops import lowerings, map_function, map_overload
 from rewriter.errors import RewriteError
 
 Choose = Callable[[str, int], str]  # (spec, rank) -> lowering
@@ -22,7 +26,7 @@ _PATHS = ("stack_trace", "fx_node")  # metadata that shows where on the maker's 
 
 def default_lowering(spec: str, rank: int) -> str:
     """Where nothing was measured."""
-    return LOWERINGS[0]
+    return LOWERINGS[0] if rank else lowerings(spec, contrib=False)[-1]
 
 
 def finish(
@@ -47,13 +51,14 @@ def adopt_sites(model: ir.Model) -> None:
     for node in list(model.graph.all_nodes()):
         if node.domain != DOMAIN or node.op_type != "Site":
             continue
-        x, *factors = node.inputs
+        x = node.inputs[0]
         spec, site = node.attributes["spec"].as_string(), node.attributes["site"].as_string()
         shape = x.shape if x is not None and x.shape is not None else node.outputs[0].shape
-        if x is None or shape is None or any(f is None for f in factors):
+        if x is None or shape is None or any(v is None for v in node.inputs):
             raise RewriteError(f"site {site}: the exporter lost its shape or its factors; write a .pt2 with --target torch instead")
-        node.op_type, node.overload = kind(spec), overload(spec, len(shape))
-        node.metadata_props.update(opaque(x, [], spec, site, len(shape)).metadata_props)
+        rank = 0 if node.attributes["map"].as_string() else len(shape)
+        node.op_type, node.overload = kind(spec), overload(spec, rank)
+        node.metadata_props.update(opaque([x], [], spec, site, rank).metadata_props)
         node.attributes.clear()
 
 
@@ -82,12 +87,27 @@ def attach(model: ir.Model, choose: Choose = default_lowering) -> None:
         return
     opset = model.graph.opset_imports[""]
     for node in nodes:
-        if node.op_identifier() not in model.functions:
-            spec, rank = spec_of(node)
+        spec, rank = spec_of(node)
+        if rank == 0:
+            _attach_map(model, node, spec, choose(spec, 0))
+        elif node.op_identifier() not in model.functions:
             body = function(spec, rank, opset, choose(spec, rank))
             model.functions[body.identifier()] = body
     model.graph.opset_imports[DOMAIN] = VERSION
     model.ir_version = max(model.ir_version, FIRST_IR_WITH_OVERLOADS)
+
+
+def _attach_map(model: ir.Model, node: ir.Node, spec: str, lowering: str) -> None:
+    """The node's overload names its lowering: a target's own takes some types only, and other nodes of the same spec get a form."""
+    first = node.inputs[0]
+    if lowering == CONTRIB_NAME and (first is None or first.dtype not in CONTRIB_DTYPES):
+        lowering = default_lowering(spec, 0)
+    node.overload = map_overload(spec, lowering)
+    if lowering == CONTRIB_NAME:
+        model.graph.opset_imports[CONTRIB_DOMAIN] = 1
+    if node.op_identifier() not in model.functions:
+        body = map_function(spec, model.graph.opset_imports[""], lowering)
+        model.functions[body.identifier()] = body
 
 
 def strip(model: ir.Model) -> None:

@@ -20,7 +20,8 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from rewriter.backends.files.archive import one_line
-from rewriter.backends.onnx import names
+from rewriter.backends.onnx import names, region
+from rewriter.backends.onnx.compute import compute
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
 from rewriter.backends.onnx.opaque import DOMAIN, SPEC, VERSION, is_opaque, spec_of
@@ -29,9 +30,9 @@ from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.tensors import torch_dtype
 from rewriter.cache import fingerprint
 from rewriter.errors import RewriteError
-from rewriter.graph import Place, Site
+from rewriter.graph import Place, Region, Site
 from rewriter.inputs import InputSpec
-from rewriter.operator import AbstractMatrix, unflatten
+from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, skeleton, unflatten
 
 LEAST_OPSET = 13  # what the function bodies are spelled in
 MAX_UNFOLDED = 1_000_000  # nodes that inlining makes
@@ -143,15 +144,18 @@ class OnnxGraph:
     def storage_users(self, value: ir.Value) -> Sequence[tuple[ir.Node, ir.Value]]:
         return list(self.constants.users(self.constants.root(value)))
 
-    def operator(self, node: ir.Node) -> AbstractMatrix | None:
+    def operator(self, node: ir.Node) -> AbstractOperator | None:
         if not is_opaque(node):
             return None
-        factors = [self.const(v) for v in node.inputs[1:] if v is not None]
+        operator, leaves = skeleton(spec_of(node)[0])
+        factors = [self.const(v) for v in node.inputs[len(node.inputs) - len(leaves) :] if v is not None]
         if any(f is None for f in factors):
             raise RewriteError(f"node {node.name}: a structured operator whose factors are not constant; give the model it was made from")
-        return unflatten(spec_of(node)[0], factors)  # type: ignore[arg-type, return-value]
+        return unflatten(spec_of(node)[0], factors) if leaves else operator  # type: ignore[arg-type]
 
-    def can_splice(self, place: Place) -> str:
+    def can_splice(self, place: Place | Region) -> str:
+        if isinstance(place, Region):
+            return region.refusal(place)
         if self.shape(place.x) is None:
             return "the rank of its input is unknown: shape inference stops before it"
         return ""
@@ -159,7 +163,10 @@ class OnnxGraph:
     def can_tap(self, value: ir.Value) -> bool:
         return value.graph is self.model.graph and not value.is_initializer()
 
-    def splice(self, site: Site, operator: AbstractMatrix, shift: Tensor | None = None) -> None:
+    def compute(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Tensor]) -> list[Tensor]:
+        return compute(wanted, given, self.constants)
+
+    def splice(self, site: Site, operator: AbstractOperator, shift: Tensor | None = None) -> None:
         if site.id in self._spliced:
             self.restore(site)
         if any(v.shape is None for node in self.model.graph.all_nodes() for v in node.outputs):
@@ -167,9 +174,11 @@ class OnnxGraph:
         self.model.graph.opset_imports[DOMAIN] = VERSION
         before = set(self.model.graph.initializers)
         factors, spec = store_factors(self.model, self._names, site.name, operator)
-        total = Bias(self.model, self._names, self.constants, site, shift)
         edit = self._spliced[site.id] = Edit()  # known before the first place, so that a later one reads this one's new output
-        for place in site.places:
+        if isinstance(operator, AbstractMap):
+            self._splice_map(site, edit, factors, spec)
+        total = Bias(self.model, self._names, self.constants, site, shift)
+        for place in site.places if isinstance(operator, AbstractMatrix) else ():
             tape = Tape()
             bias = None if place.bias is None else self._current(place.bias)
             new = stand_in(tape, site, place, self._current(place.x), bias, factors, spec, total)
@@ -183,11 +192,27 @@ class OnnxGraph:
         """What stands for an original value now: another site may have been spliced where it was made."""
         return next((new for edit in self._spliced.values() for old, new in edit.pairs if old is value), value)
 
-    def _insert(self, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node], site: str) -> None:
+    def _splice_map(self, site: Site, edit: Edit, factors: Sequence[ir.Value], spec: str) -> None:
+        assert site.region is not None
+        tape, body = Tape(), site.region.nodes[-1].graph
+        assert isinstance(body, ir.Graph)
+        edit.pairs.extend(region.stand_in(tape, site.region, self._current, factors, spec, site.name))
+        edit.nodes.extend(tape.nodes)
+        self._name(tape.nodes, site.name)
+        after = region.anchor(site.region, [self._current(p.value) for p in site.region.inputs])
+        body.insert_after(after, tape.nodes) if after is not None else body.insert_before(body[0], tape.nodes)
+        for old, new in edit.pairs:
+            new.shape, new.type = old.shape, old.type
+            _replace(old, new)
+
+    def _name(self, nodes: Sequence[ir.Node], site: str) -> None:
         for node in nodes:
             node.name = self._names.unused(f"{site}.{node.op_type}")
             for output in node.outputs:
                 output.name = self._names.unused(node.name)
+
+    def _insert(self, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node], site: str) -> None:
+        self._name(nodes, site)
         last = old.producer()
         assert last is not None, "a place ends in a node"
         assert last.graph is not None

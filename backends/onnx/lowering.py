@@ -1,4 +1,7 @@
-"""Which spelling of block_matmul a body gets: each is timed under ONNX Runtime at the asked token counts, the least summed time wins."""
+"""Which lowering a body gets: of block_matmul the spelling, of a map the form or the target's own operator.
+
+Each is timed under ONNX Runtime at the asked token counts; the least summed time wins.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,34 @@ from collections.abc import Sequence
 
 from rewriter.backends.onnx.emit import Choose, default_lowering
 from rewriter.backends.onnx.measure import measure_lowerings
-from rewriter.backends.onnx.opaque import skeleton
+from rewriter.backends.onnx.opaque import matrix_skeleton
 from rewriter.backends.onnx.ops import LOWERINGS
+from rewriter.backends.onnx.sequence_ops import lowerings
 from rewriter.cost import CostOps, Width
 
-_chosen: dict[tuple[str, int, tuple[int, ...], int], str] = {}
+_chosen: dict[tuple[str, int, tuple[int, ...], int, bool], str] = {}
 
 
-def chooser(tokens: Sequence[int], threads: int) -> Choose:
-    """Decides by measurement, once for each spec in a process (and once for each machine, through the timings' cache)."""
+def chooser(tokens: Sequence[int], threads: int, contrib: bool = False) -> Choose:
+    """Decides by measurement, once for each spec in a process (and once for each machine, through the timings' cache).
+
+    `contrib`: operators of com.microsoft are allowed.
+    """
 
     def choose(spec: str, rank: int) -> str:
-        key = (spec, rank, tuple(tokens), threads)
+        key = (spec, rank, tuple(tokens), threads, contrib)
         if key not in _chosen:
-            _chosen[key] = _fastest(spec, rank, tokens, threads) if has_blocks(spec) else default_lowering(spec, rank)
+            among = (LOWERINGS if has_blocks(spec) else ()) if rank else lowerings(spec, contrib)
+            _chosen[key] = _fastest(spec, rank, among, tokens, threads) if len(among) > 1 else default_lowering(spec, rank)
         return _chosen[key]
 
     return choose
 
 
-def _fastest(spec: str, rank: int, tokens: Sequence[int], threads: int) -> str:
-    table = [measure_lowerings(spec, rank, LOWERINGS, count, threads) for count in tokens]
+def _fastest(spec: str, rank: int, among: Sequence[str], tokens: Sequence[int], threads: int) -> str:
+    table = [measure_lowerings(spec, rank, among, count, threads) for count in tokens]
     totals = [sum(column) for column in zip(*table, strict=True)]
-    return LOWERINGS[totals.index(min(totals))]
+    return among[totals.index(min(totals))]
 
 
 class _Blocks(CostOps):
@@ -43,7 +51,7 @@ class _Blocks(CostOps):
 
 def has_blocks(spec: str) -> bool:
     """Whether there is anything to choose."""
-    operator, _ = skeleton(spec)
+    operator, _ = matrix_skeleton(spec)
     ops = _Blocks(1)
     operator.product(ops, Width((operator.shape[1],)))
     return ops.seen

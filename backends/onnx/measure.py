@@ -6,20 +6,21 @@ A model layer of few tokens streams its weights from memory, so there the figure
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from rewriter.backends.onnx.emit import attach
-from rewriter.backends.onnx.opaque import opaque, skeleton
+from rewriter.backends.onnx.opaque import matrix_skeleton, opaque
 from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.run import CPU, Session
-from rewriter.backends.onnx.tensors import from_torch
+from rewriter.backends.onnx.tensors import from_torch, onnx_dtype
 from rewriter.cache import default_folder, digest, hardware, measured, write_atomically
-from rewriter.operator import AbstractMatrix, flatten, unflatten
+from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, Dims, flatten, skeleton, unflatten
 from rewriter.timing import interleave
 
 COLD_BYTES = 64 << 20  # weights that no cache holds
@@ -89,20 +90,41 @@ def _copies(spec: str, tokens: int) -> int:
 
 def _call(spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int, provider: str) -> Callable[[], object]:
     """A session over several copies with weights of their own, each reading the same x."""
-    operator, _ = skeleton(spec)
-    model = stacked([_random(spec, seed) for seed in range(copies)], rank)
+    forms = [_random(spec, seed) for seed in range(copies)]
+    model = stacked(forms, rank) if rank else stacked_maps(forms)
     attach(model, lambda _spec, _rank: lowering)
     session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider)
-    feeds = session.arrays({"x": torch.randn(*[1] * (rank - 2), *[tokens][: rank - 1], operator.shape[1])})
+    if rank:
+        feeds = session.arrays({"x": torch.randn(*[1] * (rank - 2), *[tokens][: rank - 1], forms[0].shape[1])})
+    else:
+        feeds = session.arrays({name: x / 8 for name, x in examples(forms[0], tokens).items()})
     return lambda: session.session.run(None, feeds)
+
+
+def examples(operator: AbstractMap, tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Something of the right shape for every input; logarithms of decays are negative."""
+    sizes = {"batch": batch, "time": tokens}
+    shapes = {name: [n if isinstance(n, int) else sizes[n] for n in dims] for name, dims in operator.inputs().items()}
+    return {name: -torch.rand(shape) if name == "decay" else torch.randn(shape) for name, shape in shapes.items()}
 
 
 def stacked(forms: Sequence[AbstractMatrix], rank: int) -> ir.Model:
     """One x through each form, each image an output."""
     n, m = forms[0].shape[1], forms[0].shape[0]
     leading = [f"d{i}" for i in range(rank - 1)]
-    x = ir.val("x", ir.DataType.FLOAT, [*leading, n])
-    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 20}, name="measured")
+    return _stacked(forms, rank, {"x": (*leading, n)}, {"y": (*leading, m)}, torch.float32)
+
+
+def stacked_maps(forms: Sequence[AbstractMap], dtype: torch.dtype = torch.float32) -> ir.Model:
+    """The same inputs through each map; outputs are numbered by map."""
+    return _stacked(forms, 0, forms[0].inputs(), {f"{name}_": dims for name, dims in forms[0].outputs().items()}, dtype)
+
+
+def _stacked(
+    forms: Sequence[AbstractOperator], rank: int, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], dtype: torch.dtype
+) -> ir.Model:
+    given = [ir.val(name, onnx_dtype(dtype), list(dims)) for name, dims in inputs.items()]
+    graph = ir.Graph(given, [], nodes=[], opset_imports={"": 20}, name="measured")
     for i, form in enumerate(forms):
         leaves, spec = flatten(form)
         factors = []
@@ -110,30 +132,28 @@ def stacked(forms: Sequence[AbstractMatrix], rank: int) -> ir.Model:
             held = from_torch(leaf, f"w{i}_{j}")
             factors.append(ir.Value(name=held.name, shape=held.shape, type=ir.TensorType(held.dtype), const_value=held))  # type: ignore[arg-type]
             graph.register_initializer(factors[-1])
-        node = opaque(x, factors, spec, f"form{i}", rank)
+        node = opaque(given, factors, spec, f"form{i}", rank, len(outputs))
         graph.append(node)
-        node.outputs[0].name = f"y{i}"
-        node.outputs[0].shape, node.outputs[0].type = ir.Shape([*leading, m]), x.type
-        graph.outputs.append(node.outputs[0])
+        for value, (name, dims) in zip(node.outputs, outputs.items(), strict=True):
+            value.name, value.shape, value.type = f"{name}{i}", ir.Shape(dims), given[0].type
+            graph.outputs.append(value)
     return ir.Model(graph, ir_version=10)
 
 
-def _random(spec: str, seed: int) -> AbstractMatrix:
+def _random(spec: str, seed: int) -> Any:
     """The form with numbers of its own; indices stay within every axis."""
     rng = torch.Generator().manual_seed(seed)
-    _, leaves = skeleton(spec)
-    indices = _indices(spec)
+    operator, leaves = skeleton(spec)
+    indices = _indices(spec) if isinstance(operator, AbstractMatrix) else {}
     filled = [indices[i] if i in indices else torch.randn(leaf.shape, generator=rng) for i, leaf in enumerate(leaves)]
-    operator = unflatten(spec, filled)
-    assert isinstance(operator, AbstractMatrix)
-    return operator
+    return unflatten(spec, filled)
 
 
 def _indices(spec: str) -> dict[int, torch.Tensor]:
     """Which tensors the product gathers by: found by spelling it."""
     from rewriter.cost import CostOps, Width
 
-    operator, leaves = skeleton(spec)
+    operator, leaves = matrix_skeleton(spec)
     found: dict[int, torch.Tensor] = {}
 
     class Watch(CostOps):

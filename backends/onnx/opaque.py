@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
-from rewriter.operator import AbstractMatrix, unflatten
+from rewriter.operator import AbstractMatrix, skeleton
 
 DOMAIN = "structured"
 VERSION = 1
@@ -38,10 +37,11 @@ def overload(spec: str, rank: int) -> str:
     return f"{hashlib.sha256(spec.encode()).hexdigest()[:10]}_{rank}"
 
 
-def opaque(x: ir.Value, factors: Sequence[ir.Value], spec: str, site: str, rank: int) -> ir.Node:
-    """y = operator(x)."""
+def opaque(inputs: Sequence[ir.Value], factors: Sequence[ir.Value], spec: str, site: str, rank: int, outputs: int = 1) -> ir.Node:
+    """y = operator(x); `rank` is that of a matrix's x, and 0 for maps, whose inputs say their own."""
     meta = {SPEC: spec, SITE: site, RANK: str(rank)}
-    return ir.Node(DOMAIN, kind(spec), [x, *factors], overload=overload(spec, rank), version=VERSION, num_outputs=1, metadata_props=meta)
+    given = [*inputs, *factors]
+    return ir.Node(DOMAIN, kind(spec), given, overload=overload(spec, rank), version=VERSION, num_outputs=outputs, metadata_props=meta)
 
 
 def spec_of(node: ir.Node) -> tuple[str, int]:
@@ -49,18 +49,9 @@ def spec_of(node: ir.Node) -> tuple[str, int]:
     return node.metadata_props[SPEC], int(node.metadata_props[RANK])
 
 
-def skeleton(spec: str) -> tuple[AbstractMatrix, list[Tensor]]:
-    """The operator with shapes and no numbers."""
-    shapes: dict[int, list[int]] = {}
-
-    def note(value: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(value.get("tensor"), int):
-            shapes[value["tensor"]] = value["shape"]
-        return value
-
-    json.loads(spec, object_hook=note)
-    leaves = [torch.empty(shapes[i], device="meta") for i in range(len(shapes))]
-    operator = unflatten(spec, leaves)
+def matrix_skeleton(spec: str) -> tuple[AbstractMatrix, list[Tensor]]:
+    """The same of a matrix."""
+    operator, leaves = skeleton(spec)
     assert isinstance(operator, AbstractMatrix)
     return operator, leaves
 

@@ -15,7 +15,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from rewriter.backends.onnx.arrange import Arranged, Axis, arrange, plain, settled, split
-from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload, skeleton
+from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, matrix_skeleton, overload
 
 # Of block_matmul; the first is what is emitted where nothing was measured. A grouped 1x1 convolution wins only on single rows, and ONNX
 # Runtime refuses it an empty one, which a product takes.
@@ -120,7 +120,7 @@ class OnnxOps:
 
 def function(spec: str, rank: int, opset: int, lowering: str = LOWERINGS[0]) -> ir.Function:
     """The body of the operator that `spec` describes, for an x of `rank` axes."""
-    operator, leaves = skeleton(spec)
+    operator, leaves = matrix_skeleton(spec)
     inputs = [ir.Value(name=path.replace(".", "_")) for path in field_paths(spec)]
     ops = OnnxOps(rank, {id(leaf): value for leaf, value in zip(leaves, inputs, strict=True)}, lowering)
     x = ir.Value(name="x")

@@ -34,6 +34,7 @@ class OnnxTarget:
     name = "onnx"
     suffix = ".onnx"
     accepts = ("onnx", "torch")
+    contrib = False  # whether com.microsoft operators may be used
 
     def __init__(self, provider: str = CPU) -> None:
         check_provider(provider)
@@ -45,7 +46,8 @@ class OnnxTarget:
     def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
         model = source_model(graph, options)
         self.prepare(model)
-        save_onnx(finish(model, options.opset, options.flatten, chooser(options.tokens, options.threads), options.provenance), path)
+        choose = chooser(options.tokens, options.threads, self.contrib)
+        save_onnx(finish(model, options.opset, options.flatten, choose, options.provenance), path)
 
     def prepare(self, model: ir.Model) -> None:
         """Make the model one that this target runs; here: refuse what is not portable."""
@@ -74,6 +76,7 @@ class OnnxRuntimeTarget(OnnxTarget):
     """ONNX Runtime on the CPU."""
 
     name = "onnxruntime"
+    contrib = True
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if dtype == torch.bfloat16 else dtype

@@ -1,0 +1,56 @@
+"""The cost of a map: its form is run on tensors without numbers, and every word counts what it would execute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.eager import EagerOps
+from rewriter.cost import Cost
+from rewriter.operator import AbstractMap, flatten, tensors, unflatten
+from rewriter.ops import Step
+
+_FREE = {"const", "literal", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "split", "concat", "pad", "gather", "shuffle"}
+
+
+class CountingOps(EagerOps):
+    """FLOPs, 2 per multiply-add, 1 per number that an elementwise word gives; moving numbers is free."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self.times = 1
+
+    def __getattribute__(self, name: str) -> Any:
+        word = super().__getattribute__(name)
+        if name.startswith("_") or name in _FREE or name == "recurrence" or not callable(word):
+            return word
+
+        def counted(*args: Any) -> Any:
+            found = word(*args)
+            width = {"matmul": args[0].shape[-1], "contract": args[0].shape[-1], "unit_lower_inverse": args[0].shape[-1] // 3 or 1}
+            inner = args[1].shape[1] if name == "block_matmul" else width.get(name, 0)
+            self.flops += self.times * found.numel() * (2 * inner or 1)
+            return found
+
+        return counted
+
+    def recurrence(self, step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        count = xs[0].shape[1]
+        self.times *= count
+        states, ys = step(states, [x[:, 0] for x in xs])
+        self.times //= count
+        return list(states), [y.unsqueeze(1).expand(y.shape[0], count, *y.shape[1:]) for y in ys]
+
+
+def counted(operator: AbstractMap, tokens: int) -> Cost:
+    """Of the last form, for one sequence of `tokens` tokens (and as many keys)."""
+    leaves, spec = flatten(operator)
+    bare = unflatten(spec, [leaf.to("meta") for leaf in leaves])
+    ops = CountingOps()
+    shapes = ([n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for dims in operator.inputs().values())
+    bare.apply(ops, *[torch.empty(shape, device="meta") for shape in shapes])
+    stored = tensors(operator)
+    return Cost(sum(t.numel() for t in stored), ops.flops, sum(t.nbytes for t in stored))

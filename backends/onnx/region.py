@@ -1,0 +1,74 @@
+"""A map takes the place of a region: layout changes at its ports and one opaque node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from rewriter.backends.onnx.edit import ints
+from rewriter.backends.onnx.names import SCOPES
+from rewriter.backends.onnx.opaque import opaque
+from rewriter.graph import Port, Region
+
+
+def refusal(region: Region) -> str:
+    """ "" where the map's node has a place after all inputs and before all readers of the outputs."""
+    graph = region.nodes[-1].graph
+    order = {node: i for i, node in enumerate(graph)}
+    inside = set(region.nodes)
+    made = [node for p in region.inputs if (node := p.value.producer()) in order]
+    uses = [node for p in region.outputs if p is not None for node, _ in p.value.uses() if node in order and node not in inside]
+    if max((order[n] for n in made), default=-1) >= min((order[n] for n in uses), default=len(order)):
+        return "some of its results are used before all of its inputs are there"
+    return ""
+
+
+def anchor(region: Region, values: Sequence[ir.Value]) -> ir.Node | None:
+    """The last node of the region's body that makes an input; None where all are there from the start."""
+    graph = region.nodes[-1].graph
+    order = {node: i for i, node in enumerate(graph)}
+    made = [node for v in values if (node := v.producer()) in order]
+    return max(made, key=order.__getitem__, default=None)
+
+
+def stand_in(
+    tape: Tape, region: Region, current: Callable[[ir.Value], ir.Value], factors: Sequence[ir.Value], spec: str, site: str
+) -> list[tuple[ir.Value, ir.Value]]:
+    """Emit the replacement onto the tape; (original output, its stand-in) for each output that is read."""
+    taken = [_taken(tape, current(p.value), p) for p in region.inputs]
+    node = opaque(taken, factors, spec, site, 0, len(region.outputs))
+    scopes = region.nodes[-1].metadata_props.get(SCOPES)
+    if scopes:
+        node.metadata_props[SCOPES] = scopes
+    tape._nodes.append(node)  # a tape makes nodes, it cannot be handed one
+    for value in node.outputs:
+        value.type = taken[0].type
+    return [(p.value, _given(tape, v, p)) for p, v in zip(region.outputs, node.outputs, strict=True) if p is not None]
+
+
+def _taken(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
+    layout, given = port.layout, value
+    rank = len(value.shape or ())
+    if layout.before:
+        value = tape.op("Transpose", [value], {"perm": list(layout.before)})
+    if layout.join > 1:
+        value = tape.op("Reshape", [value, ints(tape, *[0] * (rank - layout.join), -1)])
+    if port.lone:
+        value = tape.op("Unsqueeze", [value, ints(tape, 0)])
+    value.type = given.type
+    return value
+
+
+def _given(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
+    layout, given = port.layout, value
+    if port.lone:
+        value = tape.op("Squeeze", [value, ints(tape, 0)])
+    if layout.spread:
+        rank = len(port.value.shape or ()) - len(layout.spread)
+        value = tape.op("Reshape", [value, ints(tape, *[0] * rank, *layout.spread)])
+    if layout.after:
+        value = tape.op("Transpose", [value], {"perm": list(layout.after)})
+    value.type = given.type
+    return value

@@ -1,0 +1,182 @@
+"""Linear attention and the delta rule, S_t = e^{g_t} S_{t-1}, then for each of n_h factors S += k (beta (v - S^T k))^T; o = scale S^T q.
+
+With rule "delta" the transition is e^g prod_j (I - beta_j k_j k_j^T), a product of generalised Householder factors: DeltaNet at one
+factor, DeltaProduct at more (Siems et al. 2025, arXiv:2502.10297); with rule "plain" v is added as it is: linear attention, RetNet, GLA,
+Mamba-2 (k = B, q = C, v = dt x, g = dt A). Decay is in log space, per head or per entry of the key.
+
+The chunked form is the WY one (Yang et al. 2024, arXiv:2406.06484): within a chunk, G the running sum of g, D_ij = e^{G_i - G_j}, i >= j,
+T = (I + strict_lower((beta K) K^T o D))^{-1}, V' = T (beta V) - T (beta K e^G) S, o = (Q e^G) S + (Q K^T o D) V', and across chunks
+S' = e^{G_C} S + (K e^{G_C - G})^T V'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rewriter.operator import AbstractRecurrence, Dims
+from rewriter.ops import AnySequenceOps
+
+CHUNK = 64  # sub-steps; the inverse costs the cube of it
+NEVER = -1e30  # whose exponential is 0, whatever is added to it
+
+
+@dataclass(frozen=True)
+class LinearAttention(AbstractRecurrence):
+    """query (batch, time, queries*key), key (batch, time, factors*keys*key), value (batch, time, factors*heads*width), decay (batch, time,
+    heads) or (batch, time, heads*key), beta (batch, time, factors*heads), state (batch, heads, key, width) -> o (batch, time, outs*width).
+
+    `queries` and `keys` divide `heads` (shared by neighbours) or, queries only, are a multiple of it (grouped queries): outs is the larger.
+    """
+
+    heads: int  # of states
+    key: int  # width of q and k per head
+    width: int  # of v per head
+    queries: int  # heads of q
+    keys: int  # heads of k
+    factors: int = 1  # Householder factors of one token, n_h
+    rule: str = "delta"  # "delta" | "plain"
+    decay: str = ""  # "" | "head" | "key"
+    scale: float = 1.0
+    carried: bool = True
+
+    @property
+    def group(self) -> int:
+        """Queries that read one state."""
+        return max(1, self.queries // self.heads)
+
+    def sequences(self) -> Mapping[str, Dims]:
+        widths = {
+            "query": self.queries * self.key,
+            "key": self.factors * self.keys * self.key,
+            "value": self.factors * self.heads * self.width,
+            "decay": {"": 0, "head": self.heads, "key": self.heads * self.key}[self.decay],
+            "beta": self.factors * self.heads if self.rule == "delta" else 0,
+        }
+        return {name: ("batch", "time", n) for name, n in widths.items() if n}
+
+    def results(self) -> Mapping[str, Dims]:
+        return {"output": ("batch", "time", self.heads * self.group * self.width)}
+
+    def states(self) -> Mapping[str, Dims]:
+        return {"state": ("batch", self.heads, self.key, self.width)}
+
+    def forms(self) -> tuple[str, ...]:
+        return ("sequential",) if self.decay == "key" else ("sequential", "chunked")
+
+    def named(self, xs: Sequence[Any]) -> dict[str, Any]:
+        """The sequences by name."""
+        return dict(zip(self.sequences(), xs, strict=True))
+
+    def step(self, ops: AnySequenceOps, states: Sequence[Any], xs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        (state,), x = states, self.named(xs)
+        if self.decay:
+            per = (self.heads, 1, 1) if self.decay == "head" else (self.heads, self.key, 1)
+            state = ops.mul(state, ops.exp(ops.unfold(x["decay"], *per)))
+        keys = self._pieces(ops, x["key"], self.keys * self.key)
+        values = self._pieces(ops, x["value"], self.heads * self.width)
+        betas = self._pieces(ops, x["beta"], self.heads) if self.rule == "delta" else [None] * self.factors
+        for k, v, beta in zip(keys, values, betas, strict=True):
+            row = ops.unfold(self._shared(ops, k, self.keys), self.heads, 1, self.key)
+            v = ops.unfold(v, self.heads, 1, self.width)
+            if self.rule == "delta":
+                v = ops.mul(ops.sub(v, ops.contract(row, state)), ops.unfold(beta, self.heads, 1, 1))
+            state = ops.add(state, ops.contract(ops.swap(row), v))
+        query = ops.unfold(self._scaled(ops, x["query"]), self.heads, self.group, self.key)
+        return [state], [ops.fold(ops.contract(query, state), 3)]
+
+    def _pieces(self, ops: AnySequenceOps, x: Any, width: int) -> Sequence[Any]:
+        """One for each factor."""
+        return [x] if self.factors == 1 else ops.split(x, [width] * self.factors)
+
+    def _shared(self, ops: AnySequenceOps, x: Any, have: int) -> Any:
+        """(..., have*key) -> (..., heads*key) where neighbours share."""
+        if have >= self.heads:
+            return x
+        ones = ops.literal(torch.ones(self.heads // have, 1), x)
+        return ops.fold(ops.mul(ops.unfold(x, have, 1, self.key), ones), 3)
+
+    def _scaled(self, ops: AnySequenceOps, query: Any) -> Any:
+        if self.scale != 1.0:
+            query = ops.mul(query, ops.literal(torch.full((1,), self.scale, dtype=torch.float64), query))
+        return self._shared(ops, query, self.queries)
+
+    def chunked(self, ops: AnySequenceOps, states: Sequence[Any], xs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        (state,), x = states, self.named(xs)
+        size = max(1, CHUNK // self.factors)
+        keys = [self._shared(ops, k, self.keys) for k in self._pieces(ops, x["key"], self.keys * self.key)]
+        key = keys[0] if self.factors == 1 else ops.concat(keys)
+        q = self._rows(ops, self._scaled(ops, x["query"]), size, self.group, self.key, major=False)
+        k = self._rows(ops, key, size, self.factors, self.key)
+        v = self._rows(ops, x["value"], size, self.factors, self.width)
+        token = torch.arange(size)
+        sees = token.repeat_interleave(self.group)[:, None] >= token.repeat_interleave(self.factors)
+        decay = self._decay(ops, x["decay"], size) if self.decay else None
+        attention = self._masked(ops, ops.contract(q, ops.swap(k)), sees, decay[:2] if decay else None)
+        if self.rule == "delta":
+            beta = self._rows(ops, x["beta"], size, self.factors, 1)
+            v, w = self._wy(ops, k, v, beta, decay)
+        forward = k
+        if decay:
+            q, forward = ops.mul(q, ops.exp(decay[0])), ops.mul(k, ops.exp(ops.sub(decay[2], decay[1])))
+        forward = ops.swap(forward)
+        move = ops.literal(torch.eye(self.key), k)
+        if decay:
+            move = ops.mul(move, ops.exp(decay[2]))
+        if self.rule == "delta":
+            q, move = ops.sub(q, ops.contract(attention, w)), ops.sub(move, ops.contract(forward, w))
+        shift = ops.contract(forward, v)
+        moves = [move] if decay or self.rule == "delta" else []
+
+        def chunk(carry: Sequence[Any], row: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+            (s,) = carry
+            return [ops.add(ops.contract(row[1], s) if moves else s, row[0])], [s]
+
+        last, (before,) = ops.recurrence(chunk, [state], [shift, *moves])
+        out = ops.add(ops.contract(q, before), ops.contract(attention, v))  # (batch, chunks, heads, size*group, width)
+        out = ops.swap(ops.unfold(ops.fold(out), size, self.group, self.width), -4, -3)
+        return last, [ops.joined(ops.fold(out, 3), x["query"], 1)]
+
+    def _rows(self, ops: AnySequenceOps, x: Any, size: int, inner: int, width: int, major: bool = True) -> Any:
+        """(batch, time, inner*heads*width), or heads*inner*width, -> (batch, chunks, heads, size*inner, width)."""
+        x = ops.chunks(x, size, 1)
+        x = ops.swap(ops.unfold(x, inner, self.heads, width), -3, -2) if major else ops.unfold(x, self.heads, inner, width)
+        return ops.unfold(ops.fold(ops.swap(x, -4, -3), 3), size * inner, width)
+
+    def _decay(self, ops: AnySequenceOps, g: Any, size: int) -> tuple[Any, Any, Any]:
+        """Running sums within a chunk: at each query, at each sub-step, both (.., heads, rows, 1), and at the end (.., heads, 1, 1)."""
+        sums = ops.cumulate(ops.chunks(g, size, 1), -2)
+        ends = ops.unfold(ops.fold(ops.last(sums, -2)), self.heads, 1, 1)
+
+        def rows(count: int) -> Any:
+            wide = ops.mul(ops.unfold(sums, self.heads, 1, 1), ops.literal(torch.ones(count, 1), g))
+            return ops.unfold(ops.fold(ops.swap(wide, -4, -3), 3), size * count, 1)
+
+        return rows(self.group), rows(self.factors), ends
+
+    @staticmethod
+    def _masked(ops: AnySequenceOps, product: Any, sees: Tensor, decay: tuple[Any, Any] | None) -> Any:
+        """The product where row i sees column j, times e^{G_i - G_j}; masked before the exponential, which overflows elsewhere."""
+        if decay is None:
+            return ops.mul(product, ops.literal(sees.float(), product))
+        hidden = ops.literal(torch.where(sees, 0.0, NEVER), product)
+        return ops.mul(product, ops.exp(ops.add(ops.sub(decay[0], ops.swap(decay[1])), hidden)))
+
+    def _wy(self, ops: AnySequenceOps, k: Any, v: Any, beta: Any, decay: tuple[Any, Any, Any] | None) -> tuple[Any, Any]:
+        """T (beta V) and T (beta K e^G)."""
+        weighted = ops.mul(k, beta)
+        rows = (CHUNK // self.factors or 1) * self.factors
+        before = torch.ones(rows, rows).tril(-1).bool()
+        lower = self._masked(ops, ops.contract(weighted, ops.swap(k)), before, (decay[1], decay[1]) if decay else None)
+        inverse = ops.unit_lower_inverse(lower)
+        if decay:
+            weighted = ops.mul(weighted, ops.exp(decay[1]))
+        return ops.contract(inverse, ops.mul(v, beta)), ops.contract(inverse, weighted)
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls(heads=2, key=5, width=3, queries=4, keys=1, factors=2, decay="head", scale=0.5)
