@@ -13,7 +13,7 @@ from rewriter.cost import Cost
 from rewriter.operator import AbstractMap, flatten, tensors, unflatten
 from rewriter.ops import Step
 
-_FREE = {"const", "literal", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "split", "concat", "pad", "gather", "shuffle"}
+_FREE = {"const", "literal", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "tail", "row", "triangle", "regroup", "split", "concat", "pad", "gather", "shuffle"}
 
 
 class CountingOps(EagerOps):
@@ -50,7 +50,8 @@ def counted(operator: AbstractMap, tokens: int) -> Cost:
     leaves, spec = flatten(operator)
     bare = unflatten(spec, [leaf.to("meta") for leaf in leaves])
     ops = CountingOps()
-    shapes = ([n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for dims in operator.inputs().values())
-    bare.apply(ops, *[torch.empty(shape, device="meta") for shape in shapes])
+    shapes = {x: [n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for x, dims in operator.inputs().items()}
+    types = {x: torch.bool for x in operator.booleans()}
+    bare.apply(ops, *[torch.empty(shape, dtype=types.get(x, torch.float32), device="meta") for x, shape in shapes.items()])
     stored = tensors(operator)
     return Cost(sum(t.numel() for t in stored), ops.flops, sum(t.nbytes for t in stored))

@@ -76,6 +76,15 @@ class EagerOps:
     def reciprocal(self, x: Tensor) -> Tensor:
         return x.reciprocal()
 
+    def where(self, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition, a, b)
+
+    def triangle(self, like: Tensor) -> Tensor:
+        return torch.ones(like.shape[-2], like.shape[-1], dtype=torch.bool, device=like.device).tril()
+
+    def regroup(self, x: Tensor, heads: int) -> Tensor:
+        return x.reshape(x.shape[0], heads, x.shape[1] * x.shape[2] // heads, x.shape[3])
+
     def softmax(self, x: Tensor) -> Tensor:
         return x.softmax(-1)
 
@@ -94,12 +103,22 @@ class EagerOps:
         return solved
 
     def chunks(self, x: Tensor, size: int, axis: int) -> Tensor:
-        padded = torch.nn.functional.pad(x, [0, 0] * (x.dim() - axis - 1) + [0, -x.shape[axis] % size])
-        cut: Tensor = padded.unflatten(axis, (-1, size))
+        count = -(-x.shape[axis] // size)
+        if isinstance(count, torch.SymInt):
+            count = torch.sym_max(count, 2)  # a size that is 1 in the example becomes a constant
+        padded = torch.nn.functional.pad(x, [0, 0] * (x.dim() - axis - 1) + [0, count * size - x.shape[axis]])
+        cut: Tensor = padded.unflatten(axis, (count, size))
         return cut
 
     def joined(self, x: Tensor, like: Tensor, axis: int) -> Tensor:
         return x.flatten(axis, axis + 1).narrow(axis, 0, like.shape[axis])
+
+    def tail(self, x: Tensor, size: int, axis: int) -> Tensor:
+        start = (x.shape[axis] - 1) // size * size
+        return x.narrow(axis, start, x.shape[axis] - start)
+
+    def row(self, x: Tensor) -> Tensor:
+        return x.select(1, x.shape[1] - 1)
 
     def zeros(self, like: Tensor, *sizes: int) -> Tensor:
         return like.new_zeros(like.shape[0], *sizes)
@@ -115,11 +134,14 @@ class EagerOps:
 
 
 def _scan(step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    from torch._higher_order_ops import scan  # a prototype of torch's, needed only where a length is a symbol
+    """The operator itself: its front end would have dynamo compile the step, which fails on views of what is being traced."""
+    from torch._higher_order_ops.scan import scan_op  # a prototype of torch's, needed only where a length is a symbol
 
-    def body(carry: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        new, ys = step(carry, row)
-        return [s.clone() for s in new], [y.clone() for y in ys]  # scan forbids outputs that alias
+    count = len(states)
 
-    last, ys = scan(body, list(states), [x.movedim(1, 0) for x in xs])
-    return list(last), [y.movedim(0, 1) for y in ys]
+    def body(*given: Tensor) -> list[Tensor]:
+        new, ys = step(given[:count], given[count:])
+        return [t.clone() for t in (*new, *ys)]  # scan forbids outputs that alias
+
+    found = scan_op(body, list(states), [x.movedim(1, 0) for x in xs], additional_inputs=())
+    return list(found[:count]), [y.movedim(0, 1) for y in found[count:]]

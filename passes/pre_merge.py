@@ -33,7 +33,7 @@ class PreMerge(AbstractPass):
     )
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        rewritten = [d for d in context.decisions.values() if d.operator is not None]
+        rewritten = [d for d in context.decisions.values() if isinstance(d.operator, AbstractMatrix)]
         for decision in context.progress.track(rewritten, "measuring forms", len(rewritten)):
             yield self._judged(graph, context, decision)
         free = [s for s in context.selected if s.kind == "linear" and not s.reason and not self._taken(context, s)]
@@ -47,7 +47,7 @@ class PreMerge(AbstractPass):
 
     def _judged(self, graph: Graph, context: Context, decision: Decision) -> Decision:
         """The decision with its measured speed, or given up where speed is the objective and dense wins at every asked token count."""
-        assert decision.operator is not None
+        assert isinstance(decision.operator, AbstractMatrix)
         dense = Dense(load_weight(graph, decision.site).float().T.contiguous())
         table = context.seconds([dense, decision.operator.to(torch.float32)])
         if context.objective == "ms" and not decision.exact and all(form >= original for original, form in table):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rewriter.graph import Graph
-from rewriter.operator import AbstractMatrix
+from rewriter.operator import AbstractOperator
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Target(Protocol):
         """The dynamic int8 form of the dense model in `path`: the baseline that a user already has. RewriteError where it cannot be had."""
         ...
 
-    def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
-        """Seconds per call of each form on `tokens` rows: interleaved in one process, medians, weights cold for few tokens; cached by
+    def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
+        """Seconds per call of each form, matrices on `tokens` rows, maps on one sequence of `tokens`: interleaved in one process, medians, weights cold for few tokens; cached by
         hardware and versions."""
         ...

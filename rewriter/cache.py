@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewriter.operator import AbstractMatrix, flatten, unflatten
+from rewriter.operator import AbstractMatrix, AbstractOperator, flatten, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -84,7 +84,7 @@ class FitCache:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
-    def put(self, key: str, operator: AbstractMatrix | None, figures: dict[str, Any]) -> None:
+    def put(self, key: str, operator: AbstractOperator | None, figures: dict[str, Any]) -> None:
         """Store an entry; a cache that cannot be written is no reason to fail."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -111,7 +111,7 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def measured(runtime: str, forms: Sequence[AbstractMatrix], tokens: int, threads: int, time: Callable[[], list[float]]) -> list[float]:
+def measured(runtime: str, forms: Sequence[AbstractOperator], tokens: int, threads: int, time: Callable[[], list[float]]) -> list[float]:
     """Seconds of the forms, timed together unless this same comparison was made before on this hardware with these versions.
 
     The key is the whole comparison: only figures that were interleaved are ever put side by side.

@@ -28,7 +28,7 @@ class Layout:
     """
 
     before: tuple[int, ...] = ()  # permutation of x's axes
-    join: int = 1  # trailing axes that form the features
+    join: int = 1  # trailing axes that form the features; 0 appends an axis 1 long
     spread: tuple[int, ...] = ()  # sizes of the axes that the output features unfold to
     after: tuple[int, ...] = ()  # permutation of the unfolded output's axes
 
@@ -50,11 +50,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Port:
-    """A value as a map takes or gives it: taken as a place takes its x, given as a place gives its y."""
+    """A value as a map takes or gives it: permute(unflatten(flatten(permute(x, before), last `join` axes), spread), after), where x is the
+    value that it takes, or its own result."""
 
     value: Value
     layout: Layout = PLAIN
     lone: bool = False  # the value has no batch axis, the map sees a batch of one
+    hoist: Mapping[Value, Value] = field(default_factory=dict)  # `value` is one step's, elementwise from these: they -> whole sequences
+    log: bool = False  # the map takes its logarithm
+    negated: bool = False  # the map takes its negation, of booleans
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,37 @@ class Region:
     nodes: tuple[Node, ...]
     inputs: tuple[Port, ...]
     outputs: tuple[Port | None, ...]  # None where nothing reads it
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One step of a sequence: `inner` is `outer` at one index of `axis`, which is kept, 1 long, or dropped."""
+
+    inner: Value
+    outer: Value
+    axis: int
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A state: inside a step at its begin and its end, outside before the first step and, where it is read, after the last."""
+
+    begin: Value
+    end: Value
+    initial: Value
+    final: Value | None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A recurrence as a graph has it, whatever the spelling: the inside of one step, and what binds it to the outside."""
+
+    nodes: tuple[Node, ...]  # of the outside: replaced together
+    carries: tuple[Carry, ...]
+    xs: tuple[Slice, ...]
+    ys: tuple[Slice, ...]
+    spelling: str  # "scan" | "loop" | "unrolled"
 
 
 @dataclass(frozen=True)
@@ -173,6 +208,18 @@ class Graph(Protocol):
         """At each place ONE opaque node that holds the operator, layout changes around it, then bias * bias_scale + shift; a map takes its
         region's place instead. The factors become stored parameters named `<site name>.<field>`. The old nodes stay, unused, until
         `prune`."""
+        ...
+
+    def loop(self, node: Node) -> Loop | str:
+        """A scan or loop node, read; else why it cannot be read as a recurrence over sequences."""
+        ...
+
+    def sliced(self, value: Value) -> tuple[Value, int, int, bool] | None:
+        """(source, axis, index, kept) where the value is one slice of another at a constant index."""
+        ...
+
+    def stacked(self, node: Node) -> tuple[Sequence[Value], int, bool] | None:
+        """(pieces, axis, kept) where the node puts values in a row: along a new axis, or (kept) along one that they have."""
         ...
 
     def compute(self, wanted: Sequence[Value], given: Mapping[Value, Tensor]) -> list[Tensor]:

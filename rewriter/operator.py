@@ -102,6 +102,10 @@ class AbstractMap(AbstractOperator):
     def outputs(self) -> Mapping[str, Dims]:
         """What it gives, in order, with shapes."""
 
+    def booleans(self) -> tuple[str, ...]:
+        """Which inputs are boolean; the others are of one float type."""
+        return ()
+
     @abc.abstractmethod
     def forms(self) -> tuple[str, ...]:
         """The names of its spellings, the oracle first."""

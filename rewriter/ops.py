@@ -68,7 +68,7 @@ class SequenceOps(Ops[V], Protocol[V]):
         ...
 
     def unfold(self, x: V, *sizes: int) -> V:
-        """(..., n) -> (..., *sizes): the last axis unfolded."""
+        """(..., n) -> (..., *sizes): the last axis unfolded; one size may be -1."""
         ...
 
     def fold(self, x: V, axes: int = 2) -> V:
@@ -101,6 +101,18 @@ class SequenceOps(Ops[V], Protocol[V]):
 
     def reciprocal(self, x: V) -> V: ...
 
+    def where(self, condition: V, a: V, b: V) -> V:
+        """a where a boolean value holds, else b; broadcast."""
+        ...
+
+    def triangle(self, like: V) -> V:
+        """(time, keys) booleans for scores (..., time, keys): true where the key is not behind the query."""
+        ...
+
+    def regroup(self, x: V, heads: int) -> V:
+        """(batch, a, t, n) -> (batch, heads, a*t/heads, n): neighbouring heads above one another, or apart again."""
+        ...
+
     def softmax(self, x: V) -> V:
         """Along the last axis."""
         ...
@@ -127,6 +139,14 @@ class SequenceOps(Ops[V], Protocol[V]):
 
     def joined(self, x: V, like: V, axis: int) -> V:
         """The inverse of `chunks`: axes `axis` and `axis + 1` joined, and cut to the length that `axis` has in `like`."""
+        ...
+
+    def tail(self, x: V, size: int, axis: int) -> V:
+        """What the last of `chunks` holds without its zeros: between 1 and `size` slices."""
+        ...
+
+    def row(self, x: V) -> V:
+        """(batch, time, ...) -> (batch, ...): the last slice along time."""
         ...
 
     def zeros(self, like: V, *sizes: int) -> V:

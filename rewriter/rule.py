@@ -20,7 +20,7 @@ from rewriter.calibrate import Calibration
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site
-from rewriter.operator import AbstractMatrix
+from rewriter.operator import AbstractOperator
 from rewriter.progress import Progress
 from rewriter.structure import spell
 
@@ -33,7 +33,7 @@ class Decision:
     reason: str  # never empty
     before: Cost = Cost()
     after: Cost = Cost()
-    operator: AbstractMatrix | None = None  # None: kept
+    operator: AbstractOperator | None = None  # None: kept
     structure: str = ""  # as written on the command line
     exact: bool = False
     error: float | None = None  # weighted, relative to the site's product
@@ -76,7 +76,7 @@ class Context:
         """The pass's own share of the dense numbers, within that of --budget; None where neither was given."""
         return min((s for s in (share, self.share) if s is not None), default=None)
 
-    def seconds(self, forms: Sequence[AbstractMatrix]) -> list[list[float]]:
+    def seconds(self, forms: Sequence[AbstractOperator]) -> list[list[float]]:
         """Measured on the target: one row for each token count, one figure for each form."""
         return [self.target.measure(forms, tokens, self.threads) for tokens in self.tokens]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.eager import EagerOps
+from rewriter.backends.fx.native import NATIVE
 from rewriter.operator import AbstractMap, unflatten
 
 LIBRARY = torch.library.Library("structured", "DEF")
@@ -27,16 +28,19 @@ def body(x: Tensor, factors: Sequence[Tensor], spec: str, width: int, name: str)
 
 
 def map_body(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
-    """The same for a map: in the form that is meant to be fast."""
+    """The same for a map: by torch's own operator, else in the form that is meant to be fast."""
     operator = unflatten(spec, list(factors))
+    native = NATIVE.get(type(operator).__name__)
+    found = native(operator, *inputs) if native else operator.apply(EagerOps(), *inputs)
     # an operator of torch may give no input back, nor one tensor twice
-    return [y.clone() if any(y is x for x in inputs) else y for y in operator.apply(EagerOps(), *inputs)]
+    return [y.clone() if any(y is x for x in inputs) else y for y in found]
 
 
 def _fake_map(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
     operator = unflatten(spec, list(factors))
     assert isinstance(operator, AbstractMap)
-    sizes = {dim: n for x, dims in zip(inputs, operator.inputs().values(), strict=True) for dim, n in zip(dims, x.shape, strict=True)}
+    given = reversed(list(zip(inputs, operator.inputs().values(), strict=True)))  # the first says it: masks may bring a batch of their own
+    sizes = {dim: n for x, dims in given for dim, n in zip(dims, x.shape, strict=True)}
     return [inputs[0].new_empty([n if isinstance(n, int) else sizes[n] for n in dims]) for dims in operator.outputs().values()]
 
 

@@ -24,12 +24,12 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
     return FakeTensorMode()
 
 
-def call(graph: Graph, mode: FakeTensorMode, target: Any, *args: Any, like: Node | None = None) -> Node:
+def call(graph: Graph, mode: FakeTensorMode, target: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
     """A call with its fake value; `like` lends its module path, so that the layer stays known in what is exported."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
     with mode:
-        node.meta["val"] = target(*fakes)
+        node.meta["val"] = target(*fakes, **kwargs)
     if like is not None:
         node.meta.update({k: like.meta[k] for k in ("nn_module_stack", "torch_fn") if k in like.meta})
     return node

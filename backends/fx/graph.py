@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.export import output_names
-from rewriter.backends.fx import edit, names, region
+from rewriter.backends.fx import edit, loops, names, region
 from rewriter.backends.fx.compute import compute
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import MAP, SITE
@@ -25,7 +25,7 @@ from rewriter.backends.fx.interpreter import run
 from rewriter.backends.fx.trace import copy_inputs_that_leave, decomposed, settle_attention
 from rewriter.cache import fingerprint
 from rewriter.errors import RewriteError
-from rewriter.graph import Place, Region, Site
+from rewriter.graph import Loop, Place, Region, Site
 from rewriter.inputs import InputSpec
 from rewriter.operator import AbstractMatrix, AbstractOperator, flatten, unflatten
 
@@ -147,7 +147,7 @@ class FxGraph:
         else:
             assert site.region is not None
             local = [edit.thread(f, self._bodies[site.region.nodes[-1].graph]) for f in factors]
-            pairs = self._spliced[site.id] = region.stand_in(site.region, self._current, self.mode, local, spec, site.name)
+            pairs = self._spliced[site.id] = region.stand_in(site.region, self._outside, self.mode, local, spec, site.name)
             for old, new in pairs:
                 old.replace_all_uses_with(new)
         self._settle()
@@ -184,6 +184,10 @@ class FxGraph:
     def _current(self, value: Node) -> Node:
         """What stands for an original value now: another site may have been spliced where it was made."""
         return next((new for pairs in self._spliced.values() for old, new in pairs if old is value), value)
+
+    def _outside(self, value: Node) -> Node:
+        """The same for a value that a nested body is given."""
+        return self._current(self.constants.outermost(value))
 
     def _stand_in(self, site: Site, place: Place, width: int, spec: str, factors: list[Node], total: Node | None) -> Node:
         last, aten, layout = place.nodes[-1], torch.ops.aten, place.layout
@@ -263,6 +267,15 @@ class FxGraph:
         settle_attention(clean.program)
         copy_inputs_that_leave(clean.program)
         return to_onnx(clean.program, opset, self._output_names)
+
+    def loop(self, node: Node) -> Loop | str:
+        return loops.loop(node, self._bodies)
+
+    def sliced(self, value: Node) -> tuple[Node, int, int, bool] | None:
+        return loops.sliced(value)
+
+    def stacked(self, node: Node) -> tuple[Sequence[Node], int, bool] | None:
+        return loops.stacked(node)
 
     def compute(self, wanted: Sequence[Node], given: Mapping[Node, Tensor]) -> list[Tensor]:
         return compute(wanted, given, self.const)

@@ -20,7 +20,8 @@ aten = torch.ops.aten
 def refusal(region: Region) -> str:
     """ "" where the map's node has a place after all inputs and before all readers of the outputs."""
     order = {node: i for i, node in enumerate(region.nodes[-1].graph.nodes)}
-    if any(p is not None and p.value not in order for p in (*region.inputs, *region.outputs)):
+    taken = [v for p in region.inputs for v in (p.hoist.values() or [p.value])]
+    if any(v not in order for v in [*taken, *(p.value for p in region.outputs if p is not None)]):
         return "its inputs and outputs lie in different bodies"
     if _last_input(region, order) >= min((order[u] for u in readers(region)), default=len(order)):
         return "some of its results are used before all of its inputs are there"
@@ -34,7 +35,7 @@ def readers(region: Region) -> list[Node]:
 
 
 def _last_input(region: Region, order: dict[Node, int]) -> int:
-    return max(order[p.value] for p in region.inputs)
+    return max(order[v] for p in region.inputs for v in (p.hoist.values() or [p.value]))
 
 
 def stand_in(
@@ -43,17 +44,17 @@ def stand_in(
     """(original output, its stand-in) for each output that is read."""
     like = region.nodes[-1]
     graph = like.graph
-    values = [current(p.value) for p in region.inputs]
+    sources = [current(v) for p in region.inputs for v in (p.hoist.values() or [p.value])]
     order = {node: i for i, node in enumerate(graph.nodes)}
-    after = max([*values, *factors], key=order.__getitem__)
+    after = max([*sources, *factors], key=order.__getitem__)
     while after.next.op == "placeholder":
         after = after.next
 
-    def call(target: Any, *args: Any) -> Node:
-        return edit.call(graph, mode, target, *args, like=like)
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        return edit.call(graph, mode, target, *args, like=like, **kwargs)
 
     with graph.inserting_before(after.next):
-        taken = [_taken(call, value, port) for value, port in zip(values, region.inputs, strict=True)]
+        taken = [_taken(call, _hoisted(call, p, current), p) for p in region.inputs]
         node = call(MAP, taken, list(factors), spec, site)
         pairs = []
         for i, port in enumerate(region.outputs):
@@ -62,12 +63,34 @@ def stand_in(
     return pairs
 
 
+def _hoisted(call: Callable[..., Node], port: Port, current: Callable[[Node], Node]) -> Node:
+    """What one step computes elementwise, computed for all steps at once."""
+    known = {inner: current(outer) for inner, outer in port.hoist.items()}
+
+    def whole(value: Node) -> Node:
+        if value.op in ("placeholder", "get_attr") and value not in known:
+            known[value] = current(value)
+        if value not in known:
+            known[value] = call(value.target, *torch.fx.node.map_arg(value.args, whole), **value.kwargs)
+        return known[value]
+
+    value = whole(port.value) if port.hoist else current(port.value)
+    value = call(aten.logical_not.default, value) if port.negated else value
+    return call(aten.log.default, value) if port.log else value
+
+
 def _taken(call: Callable[..., Node], value: Node, port: Port) -> Node:
     layout = port.layout
     if layout.before:
         value = call(aten.permute.default, value, list(layout.before))
+    if layout.join == 0:
+        value = call(aten.unsqueeze.default, value, -1)
     if layout.join > 1:
         value = call(aten.flatten.using_ints, value, -layout.join, -1)
+    if layout.spread:
+        value = call(aten.unflatten.int, value, -1, list(layout.spread))
+    if layout.after:
+        value = call(aten.permute.default, value, list(layout.after))
     return call(aten.unsqueeze.default, value, 0) if port.lone else value
 
 
@@ -75,6 +98,12 @@ def _given(call: Callable[..., Node], value: Node, port: Port) -> Node:
     layout = port.layout
     if port.lone:
         value = call(aten.squeeze.dim, value, 0)
+    if layout.before:
+        value = call(aten.permute.default, value, list(layout.before))
+    if layout.join == 0:
+        value = call(aten.squeeze.dim, value, -1)
+    if layout.join > 1:
+        value = call(aten.flatten.using_ints, value, -layout.join, -1)
     if layout.spread:
         value = call(aten.unflatten.int, value, -1, list(layout.spread))
     return call(aten.permute.default, value, list(layout.after)) if layout.after else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rewriter.backends.fx.trace import decomposed
 from rewriter.cache import measured
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
-from rewriter.operator import AbstractMatrix
+from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator
 from rewriter.timing import interleave
 
 COLD_BYTES = 64 << 20  # weights that no cache holds, for calls of few tokens
@@ -89,7 +90,7 @@ class TorchTarget:
 
         return run_int8
 
-    def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
+    def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
         return measured(f"torch {torch.__version__}", forms, tokens, threads, lambda: _time(forms, tokens, threads))
 
 
@@ -118,8 +119,8 @@ class single:
         torch.set_num_threads(self.before)
 
 
-def _time(forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
-    calls = [_cold(form, tokens) for form in forms]
+def _time(forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
+    calls = [_sequence(f, tokens) if isinstance(f, AbstractMap) else _cold(f, tokens) for f in forms]  # type: ignore[arg-type]
     with single(threads), torch.no_grad():
         timing = interleave(calls, seconds=0.2)
     return [timing.seconds(i) for i in range(len(forms))]
@@ -133,3 +134,15 @@ def _cold(form: AbstractMatrix, tokens: int) -> Callable[[], object]:
     x = torch.randn(tokens, form.shape[1])
     turn = iter(range(1 << 62))
     return lambda: forms[next(turn) % copies].product(EagerOps(), x)
+
+
+def _sequence(form: AbstractMap, tokens: int) -> Callable[[], object]:
+    """A map on one sequence; softmax attention in torch's own kernel, which is what a program has for it."""
+    shapes = ([n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for dims in form.inputs().values())
+    inputs = [torch.randn(shape) / 8 for shape in shapes]
+    if type(form).__name__ == "Attention":
+        own: Any = form
+        query, key, value = inputs[:3]
+        options = {"is_causal": own.causal, "scale": own.scale, "enable_gqa": own.heads != own.shared}
+        return functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **options)
+    return lambda: form.apply(EagerOps(), *inputs)

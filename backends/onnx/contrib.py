@@ -1,4 +1,6 @@
-"""Lowerings of maps to com.microsoft operators, by the operator's name; they must match its oracle in the same contract tests.
+"""Lowerings of maps to operators that only some files may use, com.microsoft's or a later opset's, by the map's name.
+
+They must match its oracle in the same contract tests.
 
 com.microsoft.LinearAttention takes one factor a token: n_h factors are n_h sub-steps, the gate at the first, the query at the last
 (DeltaProduct as DeltaNet, Siems et al. 2025, section 4).
@@ -12,10 +14,11 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-DOMAIN = "com.microsoft"
-NAME = "contrib"  # of the lowering
+from rewriter.backends.onnx import attention
+from rewriter.backends.onnx.attention import DOMAIN
+
+NAME, STANDARD = "contrib", "standard"  # of the lowerings
 Lower = Callable[[Tape, Any, Sequence[ir.Value]], Sequence[ir.Value]]
-DTYPES = (ir.DataType.FLOAT,)  # that the CPU kernels have
 
 
 def _linear_attention(tape: Tape, operator: Any, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
@@ -50,4 +53,23 @@ def _linear_attention(tape: Tape, operator: Any, inputs: Sequence[ir.Value]) -> 
     return [out, state]
 
 
-CONTRIB: dict[str, Lower] = {"LinearAttention": _linear_attention}
+CONTRIB: dict[str, Lower] = {"LinearAttention": _linear_attention, "Attention": attention.multi_head}
+LATER: dict[str, tuple[int, Lower]] = {"Attention": (23, attention.standard)}  # since which opset
+
+
+def own_lowerings(kind: str, contrib: bool, opset: int) -> list[str]:
+    """The lowerings of a map besides its forms."""
+    later = kind in LATER and opset >= LATER[kind][0]
+    return [*([STANDARD] if later else []), *([NAME] if contrib and kind in CONTRIB else [])]
+
+
+def lower(name: str, kind: str) -> Lower | None:
+    """The lowering of that name; None for a form."""
+    return {NAME: CONTRIB.get(kind), STANDARD: LATER.get(kind, (0, None))[1]}.get(name)
+
+
+def takes(name: str, operator: Any, dtype: ir.DataType | None) -> bool:
+    """Whether the lowering is for values of this type; forms are for all."""
+    if name not in (NAME, STANDARD) or dtype == ir.DataType.FLOAT:
+        return True
+    return name == STANDARD and dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) and attention.halves(operator)

@@ -12,12 +12,13 @@ from onnx_ir.passes import common as passes
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.onnx.contrib import DOMAIN as CONTRIB_DOMAIN
-from rewriter.backends.onnx.contrib import DTYPES as CONTRIB_DTYPES
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
+from rewriter.backends.onnx.contrib import takes
 from rewriter.backends.onnx.opaque import DOMAIN, VERSION, is_opaque, kind, opaque, overload, spec_of
 from rewriter.backends.onnx.ops import LOWERINGS, function
 from rewriter.backends.onnx.sequence_ops import lowerings, map_function, map_overload
 from rewriter.errors import RewriteError
+from rewriter.operator import skeleton
 
 Choose = Callable[[str, int], str]  # (spec, rank) -> lowering
 FIRST_IR_WITH_OVERLOADS = 10
@@ -26,7 +27,7 @@ _PATHS = ("stack_trace", "fx_node")  # metadata that shows where on the maker's 
 
 def default_lowering(spec: str, rank: int) -> str:
     """Where nothing was measured."""
-    return LOWERINGS[0] if rank else lowerings(spec, contrib=False)[-1]
+    return LOWERINGS[0] if rank else lowerings(spec)[-1]
 
 
 def finish(
@@ -100,7 +101,7 @@ def attach(model: ir.Model, choose: Choose = default_lowering) -> None:
 def _attach_map(model: ir.Model, node: ir.Node, spec: str, lowering: str) -> None:
     """The node's overload names its lowering: a target's own takes some types only, and other nodes of the same spec get a form."""
     first = node.inputs[0]
-    if lowering == CONTRIB_NAME and (first is None or first.dtype not in CONTRIB_DTYPES):
+    if not takes(lowering, skeleton(spec)[0], first.dtype if first is not None else None):
         lowering = default_lowering(spec, 0)
     node.overload = map_overload(spec, lowering)
     if lowering == CONTRIB_NAME:

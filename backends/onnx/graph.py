@@ -20,7 +20,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from rewriter.backends.files.archive import one_line
-from rewriter.backends.onnx import names, region
+from rewriter.backends.onnx import loops, names, region
 from rewriter.backends.onnx.compute import compute
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
@@ -30,7 +30,7 @@ from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.tensors import torch_dtype
 from rewriter.cache import fingerprint
 from rewriter.errors import RewriteError
-from rewriter.graph import Place, Region, Site
+from rewriter.graph import Loop, Place, Region, Site
 from rewriter.inputs import InputSpec
 from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, skeleton, unflatten
 
@@ -163,6 +163,16 @@ class OnnxGraph:
     def can_tap(self, value: ir.Value) -> bool:
         return value.graph is self.model.graph and not value.is_initializer()
 
+    def loop(self, node: ir.Node) -> Loop | str:
+        self._infer()
+        return loops.loop(node, self.const)
+
+    def sliced(self, value: ir.Value) -> tuple[ir.Value, int, int, bool] | None:
+        return loops.sliced(value, self.const)
+
+    def stacked(self, node: ir.Node) -> tuple[Sequence[ir.Value], int, bool] | None:
+        return loops.stacked(node)
+
     def compute(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Tensor]) -> list[Tensor]:
         return compute(wanted, given, self.constants)
 
@@ -199,7 +209,7 @@ class OnnxGraph:
         edit.pairs.extend(region.stand_in(tape, site.region, self._current, factors, spec, site.name))
         edit.nodes.extend(tape.nodes)
         self._name(tape.nodes, site.name)
-        after = region.anchor(site.region, [self._current(p.value) for p in site.region.inputs])
+        after = region.anchor(site.region, self._current)
         body.insert_after(after, tape.nodes) if after is not None else body.insert_before(body[0], tape.nodes)
         for old, new in edit.pairs:
             new.shape, new.type = old.shape, old.type

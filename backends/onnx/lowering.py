@@ -7,34 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rewriter.backends.onnx.contrib import STANDARD
 from rewriter.backends.onnx.emit import Choose, default_lowering
-from rewriter.backends.onnx.measure import measure_lowerings
+from rewriter.backends.onnx.measure import OPSET, measure_lowerings
 from rewriter.backends.onnx.opaque import matrix_skeleton
 from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.sequence_ops import lowerings
 from rewriter.cost import CostOps, Width
 
-_chosen: dict[tuple[str, int, tuple[int, ...], int, bool], str] = {}
+_chosen: dict[tuple[str, int, tuple[int, ...], int, bool, int], str] = {}
 
 
-def chooser(tokens: Sequence[int], threads: int, contrib: bool = False) -> Choose:
+def chooser(tokens: Sequence[int], threads: int, contrib: bool = False, opset: int = OPSET) -> Choose:
     """Decides by measurement, once for each spec in a process (and once for each machine, through the timings' cache).
 
-    `contrib`: operators of com.microsoft are allowed.
+    `contrib`: operators of com.microsoft are allowed. Where they are not, the file is for any runtime: its own operator is taken unmeasured.
     """
 
     def choose(spec: str, rank: int) -> str:
-        key = (spec, rank, tuple(tokens), threads, contrib)
+        key = (spec, rank, tuple(tokens), threads, contrib, opset)
         if key not in _chosen:
-            among = (LOWERINGS if has_blocks(spec) else ()) if rank else lowerings(spec, contrib)
-            _chosen[key] = _fastest(spec, rank, among, tokens, threads) if len(among) > 1 else default_lowering(spec, rank)
+            among = (LOWERINGS if has_blocks(spec) else ()) if rank else lowerings(spec, contrib, opset)
+            among = (STANDARD,) if STANDARD in among and not contrib else among
+            _chosen[key] = among[0] if len(among) == 1 else default_lowering(spec, rank)
+            if len(among) > 1:
+                _chosen[key] = _fastest(spec, rank, among, tokens, threads, opset)
         return _chosen[key]
 
     return choose
 
 
-def _fastest(spec: str, rank: int, among: Sequence[str], tokens: Sequence[int], threads: int) -> str:
-    table = [measure_lowerings(spec, rank, among, count, threads) for count in tokens]
+def _fastest(spec: str, rank: int, among: Sequence[str], tokens: Sequence[int], threads: int, opset: int) -> str:
+    table = [measure_lowerings(spec, rank, among, count, threads, opset) for count in tokens]
     totals = [sum(column) for column in zip(*table, strict=True)]
     return among[totals.index(min(totals))]
 

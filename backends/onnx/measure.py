@@ -28,33 +28,36 @@ FEW_TOKENS = 8
 MOST_COPIES = 32
 MANY_TOKENS_COPIES = 2
 SECONDS = 0.2  # for each form
+OPSET = 20  # unless the file's is given
 RUNTIME = f"onnxruntime {version('onnxruntime')}, {' '.join(LOWERINGS)}"  # a new lowering is a new comparison
 
 
-def measure(forms: Sequence[AbstractMatrix], tokens: int, threads: int, provider: str = CPU) -> list[float]:
-    """Seconds per call of each form on `tokens` rows, each in the lowering that is fastest there."""
-    known: dict[str, list[AbstractMatrix]] = {}
+def measure(forms: Sequence[AbstractOperator], tokens: int, threads: int, provider: str = CPU, contrib: bool = False) -> list[float]:
+    """Seconds per call of each form on `tokens` tokens, each in the lowering that is fastest there; all matrices or all maps."""
+    known: dict[str, list[AbstractOperator]] = {}
+    rank = 0 if isinstance(forms[0], AbstractMap) else 2
     for form in forms:
         known.setdefault(flatten(form)[1], []).append(form)
 
     def time() -> list[float]:
         from rewriter.backends.onnx.lowering import chooser
 
-        choose = chooser((tokens,), threads)
+        choose = chooser((tokens,), threads, contrib)
         specs = list(known)
-        seconds = dict(zip(specs, time_bodies([(s, choose(s, 2)) for s in specs], 2, tokens, threads, provider), strict=True))
+        seconds = dict(zip(specs, time_bodies([(s, choose(s, rank)) for s in specs], rank, tokens, threads, provider), strict=True))
         return [seconds[flatten(form)[1]] for form in forms]
 
-    return measured(f"{RUNTIME} {provider}", forms, tokens, threads, time)
+    return measured(f"{RUNTIME} {provider} {contrib}", forms, tokens, threads, time)
 
 
-def measure_lowerings(spec: str, rank: int, lowerings: Sequence[str], tokens: int, threads: int) -> list[float]:
+def measure_lowerings(spec: str, rank: int, lowerings: Sequence[str], tokens: int, threads: int, opset: int = OPSET) -> list[float]:
     """Seconds of one form in each lowering, at the rank that it is emitted for."""
-    path = default_folder() / "timings" / f"{digest(RUNTIME, hardware(), 'lowerings', spec, rank, *lowerings, tokens, threads)}.json"
+    asked = digest(RUNTIME, hardware(), "lowerings", spec, rank, *lowerings, tokens, threads, opset)
+    path = default_folder() / "timings" / f"{asked}.json"
     stored = _stored(path)
     if len(stored) == len(lowerings):
         return stored
-    seconds = time_bodies([(spec, lowering) for lowering in lowerings], rank, tokens, threads)
+    seconds = time_bodies([(spec, lowering) for lowering in lowerings], rank, tokens, threads, opset=opset)
     try:
         write_atomically(path, lambda temporary: _write(temporary, seconds))
     except OSError:
@@ -73,39 +76,45 @@ def _stored(path: Path) -> list[float]:
         return []
 
 
-def time_bodies(bodies: Sequence[tuple[str, str]], rank: int, tokens: int, threads: int, provider: str = CPU) -> list[float]:
+def time_bodies(
+    bodies: Sequence[tuple[str, str]], rank: int, tokens: int, threads: int, provider: str = CPU, opset: int = OPSET
+) -> list[float]:
     """Seconds of (spec, lowering) pairs, interleaved; never stored."""
     copies = [_copies(spec, tokens) for spec, _ in bodies]
-    calls = [_call(spec, lowering, rank, tokens, threads, count, provider) for (spec, lowering), count in zip(bodies, copies, strict=True)]
+    calls = [_call(spec, lowering, rank, tokens, threads, count, provider, opset) for (spec, lowering), count in zip(bodies, copies, strict=True)]
     timing = interleave(calls, seconds=SECONDS)
     return [timing.seconds(i) / count for i, count in enumerate(copies)]
 
 
 def _copies(spec: str, tokens: int) -> int:
+    operator, leaves = skeleton(spec)
+    if not leaves:
+        return 1  # nothing that could be cold, and runtimes merge equal nodes
     if tokens > FEW_TOKENS:
         return MANY_TOKENS_COPIES
-    operator, _ = skeleton(spec)
     return max(MANY_TOKENS_COPIES, min(MOST_COPIES, -(-COLD_BYTES // max(operator.cost().nbytes, 1))))
 
 
-def _call(spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int, provider: str) -> Callable[[], object]:
+def _call(spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int, provider: str, opset: int) -> Callable[[], object]:
     """A session over several copies with weights of their own, each reading the same x."""
     forms = [_random(spec, seed) for seed in range(copies)]
     model = stacked(forms, rank) if rank else stacked_maps(forms)
+    model.graph.opset_imports[""] = opset
     attach(model, lambda _spec, _rank: lowering)
     session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider)
     if rank:
         feeds = session.arrays({"x": torch.randn(*[1] * (rank - 2), *[tokens][: rank - 1], forms[0].shape[1])})
     else:
-        feeds = session.arrays({name: x / 8 for name, x in examples(forms[0], tokens).items()})
+        feeds = session.arrays({name: x / 8 if x.is_floating_point() else x for name, x in examples(forms[0], tokens).items()})
     return lambda: session.session.run(None, feeds)
 
 
 def examples(operator: AbstractMap, tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
     """Something of the right shape for every input; logarithms of decays are negative."""
-    sizes = {"batch": batch, "time": tokens}
+    sizes = {"batch": batch, "time": tokens, "keys": tokens}
     shapes = {name: [n if isinstance(n, int) else sizes[n] for n in dims] for name, dims in operator.inputs().items()}
-    return {name: -torch.rand(shape) if name == "decay" else torch.randn(shape) for name, shape in shapes.items()}
+    found = {name: -torch.rand(shape) if name == "decay" else torch.randn(shape) for name, shape in shapes.items()}
+    return {name: x > -1 if name in operator.booleans() else x for name, x in found.items()}
 
 
 def stacked(forms: Sequence[AbstractMatrix], rank: int) -> ir.Model:
@@ -117,14 +126,18 @@ def stacked(forms: Sequence[AbstractMatrix], rank: int) -> ir.Model:
 
 def stacked_maps(forms: Sequence[AbstractMap], dtype: torch.dtype = torch.float32) -> ir.Model:
     """The same inputs through each map; outputs are numbered by map."""
-    return _stacked(forms, 0, forms[0].inputs(), {f"{name}_": dims for name, dims in forms[0].outputs().items()}, dtype)
+    model = _stacked(forms, 0, forms[0].inputs(), {f"{name}_": dims for name, dims in forms[0].outputs().items()}, dtype)
+    for value in model.graph.inputs:
+        if value.name in forms[0].booleans():
+            value.type = ir.TensorType(ir.DataType.BOOL)
+    return model
 
 
 def _stacked(
     forms: Sequence[AbstractOperator], rank: int, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], dtype: torch.dtype
 ) -> ir.Model:
     given = [ir.val(name, onnx_dtype(dtype), list(dims)) for name, dims in inputs.items()]
-    graph = ir.Graph(given, [], nodes=[], opset_imports={"": 20}, name="measured")
+    graph = ir.Graph(given, [], nodes=[], opset_imports={"": OPSET}, name="measured")
     for i, form in enumerate(forms):
         leaves, spec = flatten(form)
         factors = []

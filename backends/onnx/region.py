@@ -18,18 +18,23 @@ def refusal(region: Region) -> str:
     graph = region.nodes[-1].graph
     order = {node: i for i, node in enumerate(graph)}
     inside = set(region.nodes)
-    made = [node for p in region.inputs if (node := p.value.producer()) in order]
+    made = [node for v in sources(region) if (node := v.producer()) in order]
     uses = [node for p in region.outputs if p is not None for node, _ in p.value.uses() if node in order and node not in inside]
     if max((order[n] for n in made), default=-1) >= min((order[n] for n in uses), default=len(order)):
         return "some of its results are used before all of its inputs are there"
     return ""
 
 
-def anchor(region: Region, values: Sequence[ir.Value]) -> ir.Node | None:
+def sources(region: Region) -> list[ir.Value]:
+    """What the map reads of the outside."""
+    return [v for p in region.inputs for v in (p.hoist.values() or [p.value])]
+
+
+def anchor(region: Region, current: Callable[[ir.Value], ir.Value]) -> ir.Node | None:
     """The last node of the region's body that makes an input; None where all are there from the start."""
     graph = region.nodes[-1].graph
     order = {node: i for i, node in enumerate(graph)}
-    made = [node for v in values if (node := v.producer()) in order]
+    made = [node for v in sources(region) if (node := current(v).producer()) in order]
     return max(made, key=order.__getitem__, default=None)
 
 
@@ -37,7 +42,7 @@ def stand_in(
     tape: Tape, region: Region, current: Callable[[ir.Value], ir.Value], factors: Sequence[ir.Value], spec: str, site: str
 ) -> list[tuple[ir.Value, ir.Value]]:
     """Emit the replacement onto the tape; (original output, its stand-in) for each output that is read."""
-    taken = [_taken(tape, current(p.value), p) for p in region.inputs]
+    taken = [_taken(tape, _hoisted(tape, p, current), p) for p in region.inputs]
     node = opaque(taken, factors, spec, site, 0, len(region.outputs))
     scopes = region.nodes[-1].metadata_props.get(SCOPES)
     if scopes:
@@ -48,13 +53,39 @@ def stand_in(
     return [(p.value, _given(tape, v, p)) for p, v in zip(region.outputs, node.outputs, strict=True) if p is not None]
 
 
+def _hoisted(tape: Tape, port: Port, current: Callable[[ir.Value], ir.Value]) -> ir.Value:
+    """What one step computes elementwise, computed for all steps at once."""
+    known = {inner: current(outer) for inner, outer in port.hoist.items()}
+
+    def whole(value: ir.Value) -> ir.Value:
+        node = value.producer()
+        if value in known or node is None or value.is_initializer():
+            return known.get(value, value)
+        inputs = [None if v is None else whole(v) for v in node.inputs]
+        known[value] = tape.op(node.op_type, inputs, dict(node.attributes), domain=node.domain)
+        known[value].type = value.type
+        known[value].shape = next(outer.shape for outer in port.hoist.values())
+        return known[value]
+
+    value = whole(port.value) if port.hoist else current(port.value)
+    if not port.log:
+        return value
+    logarithm = tape.op("Log", [value])
+    logarithm.shape, logarithm.type = value.shape, value.type
+    return logarithm
+
+
 def _taken(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
     layout, given = port.layout, value
     rank = len(value.shape or ())
     if layout.before:
         value = tape.op("Transpose", [value], {"perm": list(layout.before)})
+    if layout.join == 0:
+        value = tape.op("Unsqueeze", [value, ints(tape, -1)])
     if layout.join > 1:
         value = tape.op("Reshape", [value, ints(tape, *[0] * (rank - layout.join), -1)])
+    if layout.spread:
+        value = tape.op("Reshape", [value, ints(tape, *[0] * (rank - layout.join), *layout.spread)])
     if port.lone:
         value = tape.op("Unsqueeze", [value, ints(tape, 0)])
     value.type = given.type
@@ -65,9 +96,11 @@ def _given(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
     layout, given = port.layout, value
     if port.lone:
         value = tape.op("Squeeze", [value, ints(tape, 0)])
-    if layout.spread:
-        rank = len(port.value.shape or ()) - len(layout.spread)
-        value = tape.op("Reshape", [value, ints(tape, *[0] * rank, *layout.spread)])
+    if layout.join == 0:
+        value = tape.op("Squeeze", [value, ints(tape, -1)])
+    if layout.spread or layout.join > 1:
+        kept = len(port.value.shape or ()) - max(len(layout.spread), 1)
+        value = tape.op("Reshape", [value, ints(tape, *[0] * kept, *(layout.spread or [-1]))])
     if layout.after:
         value = tape.op("Transpose", [value], {"perm": list(layout.after)})
     value.type = given.type

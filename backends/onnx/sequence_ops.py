@@ -15,9 +15,9 @@ import torch
 from onnx_ir.tape import Tape
 from torch import Tensor
 
-from rewriter.backends.onnx.contrib import CONTRIB
 from rewriter.backends.onnx.contrib import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
+from rewriter.backends.onnx.contrib import lower, own_lowerings
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.operator import AbstractMap, Dims, skeleton
@@ -75,6 +75,18 @@ class SequenceOps:
     def reciprocal(self, x: Sized) -> Sized:
         return Sized(self._op("Reciprocal", x.value), x.axes)
 
+    def where(self, condition: Sized, a: Sized, b: Sized) -> Sized:
+        axes = broadcast(condition.axes, broadcast(a.axes, b.axes))
+        return Sized(self._op("Where", condition.value, a.value, b.value), axes)
+
+    def triangle(self, like: Sized) -> Sized:
+        sizes = self._op("Slice", self._op("Shape", like.value), self._ints(-2), self._ints(1 << 62))
+        every = self._op("ConstantOfShape", sizes, value=from_torch(torch.ones(1, dtype=torch.bool), ""))
+        return Sized(self._op("Trilu", every, upper=0), (like.axes[-2], like.axes[-1]))
+
+    def regroup(self, x: Sized, heads: int) -> Sized:
+        return Sized(self._op("Reshape", x.value, self._ints(0, heads, -1, 0)), (x.axes[0], heads, None, x.axes[3]))
+
     def softmax(self, x: Sized) -> Sized:
         return Sized(self._op("Softmax", x.value, axis=-1), x.axes)
 
@@ -110,6 +122,8 @@ class SequenceOps:
         return Sized(self._op("Transpose", x.value, perm=order), tuple(x.axes[i] for i in order))
 
     def unfold(self, x: Sized, *sizes: int) -> Sized:
+        known = math.prod(n for n in sizes if n > 0)
+        sizes = tuple(n if n > 0 else (x.axes[-1] or 0) // known for n in sizes)
         return self._reshape(x, (*x.axes[:-1], *sizes), len(x.axes) - 1)
 
     def fold(self, x: Sized, axes: int = 2) -> Sized:
@@ -177,6 +191,16 @@ class SequenceOps:
         cut = self._op("Slice", whole, self._ints(0), self._length(like, axis), self._ints(axis))
         return Sized(cut, axes)
 
+    def tail(self, x: Sized, size: int, axis: int) -> Sized:
+        length = self._length(x, axis)
+        whole = self._op("Div", self._op("Sub", length, self._ints(1)), self._ints(size))
+        start = self._op("Mul", whole, self._ints(size))
+        return Sized(self._op("Slice", x.value, start, length, self._ints(axis)), x.axes)
+
+    def row(self, x: Sized) -> Sized:
+        index = self._op("Constant", value_int=-1)
+        return Sized(self._op("Gather", x.value, index, axis=1), (x.axes[0], *x.axes[2:]))
+
     def zeros(self, like: Sized, *sizes: int) -> Sized:
         shape = self.tape.op("Concat", [self._length(like, 0), self._ints(*sizes)], {"axis": 0})
         return Sized(self._op("CastLike", self._op("ConstantOfShape", shape), like.value), (None, *sizes))
@@ -212,8 +236,9 @@ def map_function(spec: str, opset: int, lowering: str) -> ir.Function:
     factors = [ir.Value(name=path.replace(".", "_")) for path in field_paths(spec)]
     ops = SequenceOps({id(leaf): value for leaf, value in zip(leaves, factors, strict=True)})
     inputs = [ir.Value(name=f"{name}_in") for name in operator.inputs()]
-    if lowering == CONTRIB_NAME:
-        results = list(CONTRIB[kind(spec)](ops.tape, operator, inputs))
+    native = lower(lowering, kind(spec))
+    if native is not None:
+        results = list(native(ops.tape, operator, inputs))
     else:
         given = [Sized(v, axes_of(dims)) for v, dims in zip(inputs, operator.inputs().values(), strict=True)]
         results = [sized.value for sized in operator.spelled(lowering, ops, *given)]
@@ -230,11 +255,11 @@ def map_overload(spec: str, lowering: str) -> str:
     return f"{overload(spec, 0)}_{lowering}"
 
 
-def lowerings(spec: str, contrib: bool) -> tuple[str, ...]:
-    """A map's forms, and the backend's own lowering where it has one."""
+def lowerings(spec: str, contrib: bool = False, opset: int = 0) -> tuple[str, ...]:
+    """A map's forms, and the backend's own lowerings where it has some that the file may use."""
     operator, _ = skeleton(spec)
     assert isinstance(operator, AbstractMap)
-    return (*operator.forms(), *([CONTRIB_NAME] if contrib and kind(spec) in CONTRIB else []))
+    return (*operator.forms(), *own_lowerings(kind(spec), contrib, opset))
 
 
 def axes_of(dims: Dims) -> Axes:

@@ -23,7 +23,7 @@ from rewriter.backends.onnx.run import CPU, Session, check_provider, loadable
 from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
-from rewriter.operator import AbstractMatrix
+from rewriter.operator import AbstractOperator
 
 PORTABLE = {"", "ai.onnx", "ai.onnx.ml", DOMAIN}
 
@@ -46,7 +46,8 @@ class OnnxTarget:
     def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
         model = source_model(graph, options)
         self.prepare(model)
-        choose = chooser(options.tokens, options.threads, self.contrib)
+        opset = max(options.opset, model.graph.opset_imports[""])
+        choose = chooser(options.tokens, options.threads, self.contrib, opset)
         save_onnx(finish(model, options.opset, options.flatten, choose, options.provenance), path)
 
     def prepare(self, model: ir.Model) -> None:
@@ -68,8 +69,8 @@ class OnnxTarget:
     def open_int8(self, path: Path, threads: int) -> Runner:
         return open_int8(path, threads)
 
-    def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
-        return measure(forms, tokens, threads, self.provider)
+    def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
+        return measure(forms, tokens, threads, self.provider, self.contrib)
 
 
 class OnnxRuntimeTarget(OnnxTarget):

@@ -1,4 +1,4 @@
-"""Attention, recurrences and adapters: listed by kind, so that nothing in a model goes unsaid, even where no pass takes them yet."""
+"""Attention and adapters: listed by kind, so that nothing in a model goes unsaid, even where no pass takes them yet."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from rewriter.passes.detect.linear import unique
 from rewriter.passes.detect.spellings import Spelling, read
 
 NO_PASS = "no pass for it yet"
-_RECURRENT = {"lstm", "gru", "rnn", "scan", "loop", "lstm_cell", "gru_cell", "rnn_cell"}
 _THROUGH = {"cast", "identity", "reshape", "expand", "mul", "div", "add", "slice", "getitem", "transpose", "unsqueeze", "squeeze"}
 
 
 def detect(graph: Graph) -> Iterator[Site]:
-    """Attention and recurrence nodes, softmax between two products, and low-rank branches beside a linear."""
+    """Attention nodes, softmax between two products, and low-rank branches beside a linear."""
     taken: set[str] = set()
     for node in graph.nodes():
         kind = _kind(graph, node)
@@ -30,8 +29,6 @@ def _kind(graph: Graph, node: Node) -> str:
     op = graph.op(node)
     if op == "attention" or (op == "softmax" and _between_products(graph, node)):
         return "attention"
-    if op in _RECURRENT:
-        return "recurrence"
     if op == "add" and _is_adapter(graph, node):
         return "adapter"
     return ""

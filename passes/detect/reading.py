@@ -1,0 +1,102 @@
+"""What a recurrence was read as, and the ports between one step's values and whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from torch import Tensor
+
+from rewriter.graph import PLAIN, Layout, Port, Region, Slice, Value
+from rewriter.operator import AbstractRecurrence
+from rewriter.passes.detect.step import Step, close
+from rewriter.structure import NoMatch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The operator that the region's nodes compute."""
+
+    form: AbstractRecurrence
+    region: Region
+    said: str  # "gated delta rule, 4 heads of 64 x 64"
+
+
+def orders(rank: int, lone: bool) -> list[tuple[int, ...]]:
+    """Orders of a step value's axes, the batch axis first, as it is before all others."""
+    if lone:
+        return list(permutations(range(rank)))
+    return [(0, *rest) for rest in permutations(range(1, rank))]
+
+
+def arranged(value: Tensor, order: Sequence[int], lone: bool) -> Tensor:
+    """(batch, n) from one step's value."""
+    moved = value.permute(*order)
+    return moved.reshape(1, -1) if lone else moved.reshape(moved.shape[0], -1)
+
+
+def sequence_port(step: Step, root: Value, order: Sequence[int], lone: bool, log: bool = False) -> Port | NoMatch:
+    """The whole sequences behind a step's value, features last: (batch, time, n)."""
+    found = step.sources(root)
+    if not found:
+        return NoMatch("its step computes its inputs in a way that cannot be done for all steps at once")
+    x = next(x for x in step.loop.xs if x.inner in found)
+    moved = [_outer_axis(x, axis) for axis in order if not (x.kept and axis == x.axis)]
+    before = (x.axis, *moved) if lone else (moved[0], x.axis, *moved[1:])
+    join = len(before) - (1 if lone else 2)
+    layout = Layout(before if list(before) != sorted(before) else (), join)
+    hoist = {} if root in found else found
+    return Port(found.get(root, root), layout, lone, hoist, log)
+
+
+def _outer_axis(x: Slice, axis: int) -> int:
+    return axis if x.kept or axis < x.axis else axis + 1
+
+
+def result_port(y: Slice, value: Tensor, flat: Tensor, sizes: Sequence[int], lone: bool) -> Port | NoMatch:
+    """Where a map's (batch, time, n) goes so that one step gives `value`; `flat` (batch, n) is the map's, n unfolds to `sizes`."""
+    value = value.squeeze(y.axis) if y.kept else value
+    rank = value.dim()
+    first = 0 if lone else 1
+    whole = flat.reshape(*flat.shape[: 1 - first + first], *sizes) if not lone else flat.reshape(*sizes)
+    for order in permutations(range(first, whole.dim())):
+        moved = whole.permute(*range(first), *order)
+        if moved.numel() == value.numel() and close(moved.reshape(value.shape), value):
+            return Port(y.outer, _given(y, order, list(value.shape[first:]), sizes, first), lone)
+    return NoMatch(f"its result of rank {rank} is no rearrangement of what the state is read to")
+
+
+def _given(y: Slice, order: Sequence[int], shape: list[int], sizes: Sequence[int], first: int) -> Layout:
+    """(batch, time, n) -> the outer value's axes."""
+    natural = list(order) == sorted(order)
+    spread = tuple(shape) if natural else tuple(sizes)
+    axes = [*range(first + 1, first + 1 + len(spread))] if natural else [i + 1 for i in order]
+    placed = [0, *axes] if first else list(axes)
+    placed.insert(y.axis, first)  # the time axis
+    if spread == (shape[0],) and len(spread) == 1 and natural:
+        spread = ()
+    after = tuple(placed) if placed != sorted(placed) else ()
+    return Layout(PLAIN.before, 1 if shape else 0, spread, after)
+
+
+def zero(step: Step, initial: Value) -> bool:
+    """Whether the first state is stored and zero."""
+    held = step.graph.const(initial) if step.graph.is_const(initial) else None
+    return held is not None and not bool(held.any())
+
+
+def state_port(value: Value, order: Sequence[int], sizes: Sequence[int], lone: bool) -> Port:
+    """A state (batch, *sizes) from an outer one whose axes lie in `order`."""
+    join = len(order) - (0 if lone else 1)
+    return Port(value, Layout(tuple(order) if list(order) != sorted(order) else (), join, tuple(sizes)), lone)
+
+
+def final_port(value: Value | None, order: Sequence[int], shape: Sequence[int], count: int, lone: bool) -> Port | None:
+    """The inverse: the map's state of `count` axes after the batch to an outer one of `shape`."""
+    if value is None:
+        return None
+    first = 0 if lone else 1
+    moved = [shape[axis] for axis in order]
+    back = [list(order).index(axis) for axis in range(len(order))]
+    return Port(value, Layout((), count, tuple(moved[first:]), tuple(back) if back != sorted(back) else ()), lone)

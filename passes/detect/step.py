@@ -1,0 +1,171 @@
+"""One step of a recurrence as a function of numbers: what a loop's body computes, evaluated in float64.
+
+Its boundary is what the state-dependent part reads of the rest of the step; the rest needs no recurrence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph, Loop, Value
+from rewriter.structure import NoMatch
+from rewriter.tolerances import EQUAL
+
+BATCH = 2  # what a size that varies becomes
+DTYPE = torch.float64
+LAYOUT = {"reshape", "transpose", "unsqueeze", "squeeze", "expand", "identity", "select", "slice", "getitem", "unbind", "split"}
+UNARY = {"cast", "exp", "log", "neg", "sigmoid", "tanh", "relu", "silu", "softplus", "sqrt", "abs", "reciprocal"}
+ELEMENTWISE = {"add", "sub", "mul", "div", *UNARY}
+
+
+@dataclass
+class Step:
+    """A loop's body with examples: `x` and `state` hold values in which every entry is its own random number."""
+
+    graph: Graph
+    loop: Loop
+    state: dict[Value, Tensor] = field(default_factory=dict)  # by begin
+    x: dict[Value, Tensor] = field(default_factory=dict)  # by inner value
+    edge: dict[Value, Tensor] = field(default_factory=dict)  # the boundary, seen through layout, at x
+    _depends: dict[Value, bool] = field(default_factory=dict)
+
+    @property
+    def ends(self) -> list[Value]:
+        return [self._itself(c.end) for c in self.loop.carries]
+
+    @property
+    def ys(self) -> list[Value]:
+        return [self._itself(y.inner) for y in self.loop.ys]
+
+    def _itself(self, value: Value) -> Value:
+        """Before copies."""
+        while (node := self.graph.producer(value)) is not None and self.graph.op(node) == "identity":
+            value = next(v for v in self.graph.inputs(node) if v is not None)
+        return value
+
+    def run(self, state: Mapping[Value, Tensor], given: Mapping[Value, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(new states, ys) from states and the boundary, or the x's."""
+        found = self.graph.compute([*self.ends, *self.ys], {**state, **given})
+        return found[: len(self.ends)], found[len(self.ends) :]
+
+    def depends(self, value: Value) -> bool:
+        """On a state."""
+        stack = [value]
+        while stack:
+            top = stack[-1]
+            if top in self._depends:
+                stack.pop()
+                continue
+            node = None if top in self.x else self.graph.producer(top)
+            if top in self.state:
+                self._depends[top] = True
+                continue
+            inputs = [] if node is None or self.graph.is_const(top) else [v for v in self.graph.inputs(node) if v is not None]
+            missing = [v for v in inputs if v not in self._depends]
+            if missing:
+                stack.extend(missing)
+            else:
+                self._depends[top] = any(self._depends[v] for v in inputs)
+        return self._depends[value]
+
+    def _factors(self, root: Value) -> list[Value]:
+        """The two that an outer product as large as a state is made of."""
+        node = None if root in self.x else self.graph.producer(root)
+        if node is None or self.graph.op(node) not in ("mul", "matmul", "einsum"):
+            return []
+        operands = [v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v)]
+        whole, *sizes = (t.numel() for t in self.graph.compute([root, *operands], self.x))
+        return operands if len(sizes) == 2 and all(1 < size < whole for size in sizes) else []
+
+    def root(self, value: Value) -> Value:
+        """What a value is but a rearrangement of."""
+        while value not in self.x and (node := self.graph.producer(value)) is not None:
+            if self.graph.op(node) not in LAYOUT and self.graph.sliced(value) is None:
+                break
+            varying = [v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v)]
+            if len(varying) != 1:
+                break
+            value = varying[0]
+        return value
+
+    def sources(self, value: Value) -> dict[Value, Value] | None:
+        """The whole sequences that a value is computed from elementwise, by their slices; None where it is computed otherwise."""
+        found, stack = dict[Value, Value](), [value]
+        outer = {x.inner: x for x in self.loop.xs}
+        while stack:
+            value = stack.pop()
+            node = self.graph.producer(value)
+            if value in outer:
+                found[value] = outer[value].outer
+            elif self.graph.is_const(value):
+                continue
+            elif node is None or self.graph.op(node) not in ELEMENTWISE:
+                return None
+            else:
+                stack.extend(v for v in self.graph.inputs(node) if v is not None)
+        alike = {(outer[v].axis, outer[v].kept, tuple(self.x[v].shape)) for v in found}
+        return found if len(alike) == 1 else None
+
+    def _edges(self) -> list[Value]:
+        found, seen, stack = dict[Value, None](), set[Value](), list(reversed([*self.ends, *self.ys]))
+        while stack:
+            value = stack.pop()
+            if value in seen or value in self.state:
+                continue
+            seen.add(value)
+            if not self.depends(value):
+                if not self.graph.is_const(value):
+                    root = self.root(value)
+                    factors = self._factors(root)
+                    stack.extend(factors)
+                    found.update({} if factors else {root: None})
+                continue
+            node = self.graph.producer(value)
+            stack.extend(v for v in reversed(self.graph.inputs(node)) if v is not None)
+        return list(found)
+
+
+def step_of(graph: Graph, loop: Loop, rng: torch.Generator) -> Step | NoMatch:
+    """The step with examples, or why it cannot be evaluated."""
+    step = Step(graph, loop)
+    for carry in loop.carries:
+        shape = numbers(graph.shape(carry.initial))
+        if shape is None or not _float(graph, carry.initial):
+            return NoMatch("a state that is no float tensor of known rank")
+        step.state[carry.begin] = torch.randn(shape, generator=rng, dtype=DTYPE)
+    for x in loop.xs:
+        shape = numbers(graph.shape(x.outer))
+        if shape is None or not _float(graph, x.outer):
+            return NoMatch("a sequence that is no float tensor of known rank")
+        shape[x.axis : x.axis + 1] = [1] if x.kept else []
+        step.x[x.inner] = torch.rand(shape, generator=rng, dtype=DTYPE) + 0.1
+    try:
+        edges = step._edges()
+        step.edge = dict(zip(edges, graph.compute(edges, step.x), strict=True)) if edges else {}
+        ends, _ = step.run(step.state, step.edge)
+    except RewriteError as problem:
+        return NoMatch(f"its step cannot be evaluated: {problem}")
+    if any(e.shape != s.shape for e, s in zip(ends, step.state.values(), strict=True)):
+        return NoMatch("a state whose shape changes from step to step")
+    return step
+
+
+def numbers(shape: Sequence[int | str] | None) -> list[int] | None:
+    """The shape with BATCH for what varies."""
+    return None if shape is None else [n if isinstance(n, int) else BATCH for n in shape]
+
+
+def _float(graph: Graph, value: Value) -> bool:
+    dtype = graph.dtype(value)
+    return dtype is not None and dtype.is_floating_point
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, as two ways to compute one product are."""
+    rtol, atol = EQUAL[DTYPE]
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=atol * max(1.0, float(b.abs().max()) if b.numel() else 1.0))
