@@ -20,6 +20,7 @@ class CountingOps(EagerOps):
     """FLOPs, 2 per multiply-add, 1 per number that an elementwise word gives; moving numbers is free."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.flops = 0
         self.times = 1
 

@@ -16,8 +16,13 @@ from rewriter.ops import Step
 class EagerOps:
     """Plain tensors; differentiable, so a structure trains as it stands."""
 
+    def __init__(self) -> None:
+        self._used: dict[int, Tensor] = {}  # stored tensors by id
+        self._inside: dict[int, Tensor] = {}  # what stands for them in the body that is traced
+
     def const(self, tensor: Tensor) -> Tensor:
-        return tensor
+        self._used[id(tensor)] = tensor
+        return self._inside.get(id(tensor), tensor)
 
     def matmul(self, x: Tensor, w: Tensor) -> Tensor:
         return x @ w
@@ -125,23 +130,26 @@ class EagerOps:
 
     def recurrence(self, step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if isinstance(xs[0].shape[1], torch.SymInt):
-            return _scan(step, states, xs)
+            return self._scan(step, states, xs)
         rows: list[Sequence[Tensor]] = []
         for t in range(xs[0].shape[1]):
             states, ys = step(states, [x[:, t] for x in xs])
             rows.append(ys)
         return list(states), [torch.stack(column, 1) for column in zip(*rows, strict=True)]
 
+    def _scan(self, step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Stored tensors go in as operands: a traced body may hold none."""
+        from torch._higher_order_ops.scan import scan_op  # a prototype of torch's, needed only where a length is a symbol
 
-def _scan(step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The operator itself: its front end would have dynamo compile the step, which fails on views of what is being traced."""
-    from torch._higher_order_ops.scan import scan_op  # a prototype of torch's, needed only where a length is a symbol
+        self._used.clear()
+        step(states, [x[:, 0] for x in xs])
+        stored, count = dict(self._used), len(states)
 
-    count = len(states)
+        def body(*given: Tensor) -> list[Tensor]:
+            self._inside = dict(zip(stored, given[count + len(xs) :], strict=True))
+            new, ys = step(given[:count], given[count : count + len(xs)])
+            self._inside = {}
+            return [v.clone() for v in (*new, *ys)]  # scan forbids outputs that alias
 
-    def body(*given: Tensor) -> list[Tensor]:
-        new, ys = step(given[:count], given[count:])
-        return [t.clone() for t in (*new, *ys)]  # scan forbids outputs that alias
-
-    found = scan_op(body, list(states), [x.movedim(1, 0) for x in xs], additional_inputs=())
-    return list(found[:count]), [y.movedim(0, 1) for y in found[count:]]
+        found = scan_op(body, list(states), [x.movedim(1, 0) for x in xs], tuple(stored.values()))
+        return list(found[:count]), [y.movedim(0, 1) for y in found[count:]]

@@ -199,7 +199,8 @@ def flatten(operator: AbstractOperator) -> tuple[list[Tensor], str]:
 def _encode(value: Any, leaves: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         leaves.append(value)
-        return {"tensor": len(leaves) - 1, "shape": list(value.shape)}
+        kind = {} if value.is_floating_point() else {"index": True}
+        return {"tensor": len(leaves) - 1, "shape": list(value.shape), **kind}
     if isinstance(value, AbstractOperator):
         fields = {f.name: _encode(getattr(value, f.name), leaves) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
         return {"operator": type(value).__name__, "fields": fields}
@@ -235,14 +236,15 @@ def _decode(value: Any, leaves: Sequence[Tensor]) -> Any:
 
 def skeleton(spec: str) -> tuple[AbstractOperator, list[Tensor]]:
     """The operator of a spec with shapes and no numbers, and its tensors."""
-    shapes: dict[int, list[int]] = {}
+    found: dict[int, Tensor] = {}
 
     def note(value: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value.get("tensor"), int):
-            shapes[value["tensor"]] = value["shape"]
+            dtype = torch.int64 if value.get("index") else torch.float32
+            found[value["tensor"]] = torch.empty(value["shape"], dtype=dtype, device="meta")
         return value
 
     json.loads(spec, object_hook=note)
-    leaves = [torch.empty(shapes[i], device="meta") for i in range(len(shapes))]
+    leaves = [found[i] for i in range(len(found))]
     return unflatten(spec, leaves), leaves
 

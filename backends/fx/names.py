@@ -53,10 +53,25 @@ OPERATIONS: dict[str, str] = {
     "aten._to_copy": "cast",
     "aten.type_as": "cast",
     "aten.where": "where",
-    "aten.masked_fill": "where",
+    "aten.masked_fill": "masked_fill",
+    "aten.logical_not": "not",
+    "aten.bitwise_not": "not",
+    "aten.pow": "pow",
+    "aten.repeat": "repeat",
+    "aten.tile": "repeat",
+    "aten.repeat_interleave": "repeat_interleave",
+    "aten.sym_size": "shape",
+    "aten.full": "fill",
+    "aten.full_like": "fill",
+    "aten.new_full": "fill",
+    "aten.scalar_tensor": "fill",
+    "aten.zeros": "fill",
+    "aten.zeros_like": "fill",
+    "aten.new_zeros": "fill",
     "aten.embedding": "embedding",
     "aten.softmax": "softmax",
     "aten._softmax": "softmax",
+    "aten._safe_softmax": "safe_softmax",
     "aten.select": "select",
     "aten.unbind": "unbind",
     "aten.split": "split",
@@ -74,6 +89,9 @@ OPERATIONS: dict[str, str] = {
     "aten.reciprocal": "reciprocal",
     "aten.stack": "stack",
     "aten.cat": "concat",
+    "aten.zeros": "zeros",
+    "aten.new_zeros": "zeros",
+    "aten.zeros_like": "zeros",
     "aten.rsqrt": "rsqrt",
     "aten.layer_norm": "layer_norm",
     "aten.rms_norm": "rms_norm",
@@ -100,7 +118,11 @@ _CONV = ("strides", "pads", "dilations")
 
 def operation(node: Node) -> str:
     """The normalised name; placeholders, outputs and unknown targets keep their own."""
-    return _named(node.target) if node.op == "call_function" else node.op
+    if node.op != "call_function":
+        return node.op
+    if node.target is torch.ops.aten.full.default and node.args[1] == 0:
+        return "zeros"
+    return _named(node.target)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,10 +138,14 @@ def operands(node: Node) -> Sequence[Node | None]:
     name = operation(node)
     if node.target in (torch.ops.aten.einsum.default, torch.ops.aten.linalg_multi_dot.default):
         return list(node.args[-1])  # type: ignore[arg-type]
-    if name in ("matmul", "einsum", "add", "mul", "sub", "div", "embedding"):
+    if name in ("matmul", "einsum", "add", "mul", "sub", "div", "pow", "embedding"):
         return _tensors(node.args[:2])
-    if name in ("linear", "addmm", "conv"):
+    if name in ("linear", "addmm", "conv", "where", "masked_fill"):
         return _tensors(node.args[:3])
+    if name == "attention":
+        return _tensors((*node.args[:3], node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")))
+    if name in ("concat", "stack"):
+        return list(node.args[0])  # type: ignore[arg-type]
     if name in ("layer_norm", "rms_norm"):
         return _tensors((node.args[0], *node.args[2 : 4 if name == "layer_norm" else 3]))
     return node.all_input_nodes
@@ -130,18 +156,62 @@ def _tensors(given: Sequence[Any]) -> list[Node | None]:
 
 
 def attributes(node: Node) -> Mapping[str, Any]:
-    """The options of linears, under the protocol's names."""
+    """The options, under the protocol's names where it has some."""
     name, kwargs = operation(node), node.kwargs
     if name == "einsum":
         return {"equation": _equation(node)}
     if name == "addmm":
         return {"alpha": kwargs.get("alpha", 1), "beta": kwargs.get("beta", 1)}
-    if name in ("add", "sub"):
-        return {"alpha": kwargs.get("alpha", 1)}
     if name == "conv":
         return _conv(node)
     plain = [a for a in node.args if not isinstance(a, Node)]
-    return {"arguments": tuple(map(str, plain)), **{k: str(v) for k, v in kwargs.items()}}
+    special = _OPTIONS[name](node) if name in _OPTIONS else {}
+    return {"arguments": tuple(map(str, plain)), **{k: str(v) for k, v in kwargs.items()}, **special}
+
+
+def _scalar(node: Node) -> dict[str, Any]:
+    """The number that stands in place of an operand."""
+    numbers = [a for a in node.args[:3] if isinstance(a, int | float)]
+    rounded = {"rounding": node.kwargs["rounding_mode"]} if node.kwargs.get("rounding_mode") else {}
+    return {"alpha": node.kwargs.get("alpha", 1), **({"scalar": float(numbers[0])} if len(numbers) == 1 else {}), **rounded}
+
+
+def _fill(node: Node) -> dict[str, Any]:
+    zero = "zeros" in str(node.target)
+    value = 0 if zero else next((a for a in reversed(node.args) if isinstance(a, int | float)), None)
+    return {} if value is None else {"scalar": float(value)}
+
+
+def _transpose(node: Node) -> dict[str, Any]:
+    rank = node.meta["val"].dim()
+    axes = list(range(rank))
+    if node.target is torch.ops.aten.permute.default:
+        axes = [a % rank for a in node.args[1]]  # type: ignore[operator, union-attr]
+    elif node.target is torch.ops.aten.transpose.int:
+        a, b = node.args[1:3]
+        axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
+    else:
+        axes.reverse()
+    return {"axes": tuple(axes)}
+
+
+def _attention(node: Node) -> dict[str, Any]:
+    given = dict(zip(("dropout", "causal"), node.args[4:6], strict=False))
+    dropped = given.get("dropout", node.kwargs.get("dropout_p", 0.0))
+    own = node.target is torch.ops.aten.scaled_dot_product_attention.default
+    beyond = "it holds its own projections" if not own else "it drops weights at random" if dropped else ""
+    causal = bool(given.get("causal", node.kwargs.get("is_causal", False)))
+    return {"scale": node.kwargs.get("scale"), "causal": causal, "empty": "zero", "beyond": beyond}
+
+
+_OPTIONS: dict[str, Callable[[Node], dict[str, Any]]] = {
+    **dict.fromkeys(("add", "sub", "mul", "div", "pow", "where", "masked_fill"), _scalar),
+    "fill": _fill,
+    "transpose": _transpose,
+    "softmax": lambda node: {"axis": node.args[1]},
+    "safe_softmax": lambda node: {"axis": node.args[1]},
+    "attention": _attention,
+}
 
 
 def _equation(node: Node) -> str:

@@ -158,7 +158,10 @@ def _random(spec: str, seed: int) -> Any:
     rng = torch.Generator().manual_seed(seed)
     operator, leaves = skeleton(spec)
     indices = _indices(spec) if isinstance(operator, AbstractMatrix) else {}
-    filled = [indices[i] if i in indices else torch.randn(leaf.shape, generator=rng) for i, leaf in enumerate(leaves)]
+    filled = [
+        torch.randn(leaf.shape, generator=rng) if leaf.is_floating_point() else indices.get(i, torch.zeros(leaf.shape, dtype=leaf.dtype))
+        for i, leaf in enumerate(leaves)
+    ]
     return unflatten(spec, filled)
 
 

@@ -37,6 +37,11 @@ STANDARD: dict[str, str] = {
     "Dropout": "identity",
     "Gather": "gather",
     "Where": "where",
+    "Not": "not",
+    "Pow": "pow",
+    "Tile": "repeat",
+    "Shape": "shape",
+    "ConstantOfShape": "fill",
     "Softmax": "softmax",
     "Attention": "attention",
     "LayerNormalization": "layer_norm",
@@ -82,14 +87,19 @@ def operation(node: ir.Node) -> str:
         return "structured"
     if node.domain == "com.microsoft" and node.op_type in _SKIPPED and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         return _SKIPPED[node.op_type]
+    if node.op_type == "ConstantOfShape" and not ("value" in node.attributes and node.attributes["value"].as_tensor().numpy().any()):
+        return "zeros"
     own = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     return _TABLES.get(node.domain, {}).get(node.op_type, own)
 
 
 def operands(node: ir.Node) -> Sequence[ir.Value | None]:
-    """The inputs in the normalised order, which is ONNX's own but for a norm that takes a second summand."""
+    """The inputs in the normalised order, which is ONNX's own but for a norm that takes a second summand, and for attention."""
     if node.op_type in _SKIPPED and operation(node) in _SKIPPED.values():
         return (node.inputs[0], *node.inputs[2:4])
+    if operation(node) == "attention":
+        mask = 5 if node.domain else 3
+        return (*node.inputs[:3], node.inputs[mask] if len(node.inputs) > mask else None)
     return node.inputs
 
 
@@ -136,12 +146,44 @@ def _transpose(node: ir.Node) -> dict[str, Any]:
     return {"axes": tuple(plain(node).get("perm", range(rank - 1, -1, -1)))}
 
 
+def _fill(node: ir.Node) -> dict[str, Any]:
+    given = node.attributes.get("value")
+    return {"scalar": 0.0 if given is None else float(given.as_tensor().numpy().item())}
+
+
+def _attention(node: ir.Node) -> dict[str, Any]:
+    """`heads` and `shared` are those of inputs without an axis for them."""
+    given, inputs = plain(node), [*node.inputs, *[None] * 8]
+    heads = given.get("q_num_heads", given.get("num_heads", 0))
+    shared, causal = given.get("kv_num_heads", heads), given.get("is_causal", given.get("unidirectional", 0))
+    if node.domain == "com.microsoft":
+        others = [*inputs[3:5], *inputs[6:]]
+        beyond = "" if node.op_type == "MultiHeadAttention" and not any(others) and inputs[2] is not None else "it holds more than attention"
+        causal_from_last = bool(causal)
+        beyond = beyond or ("its causal mask is counted from the last query" if causal_from_last else "")
+    else:
+        windows = [given.get(side, -1) for side in ("left_window_size", "right_window_size")]
+        extra = any(inputs[4:]) or any(given.get(name) for name in ("softcap", "qk_matmul_output_mode")) or windows != [-1, -1]
+        beyond = "it holds a cache, a window or a cap" if extra else ""
+    used = [v for v in node.outputs[1:] if v.uses() or v.is_graph_output()]
+    return {
+        "scale": given.get("scale") or None,
+        "causal": bool(causal),
+        "heads": int(heads),
+        "shared": int(shared),
+        "empty": "nan" if node.domain else "zero",
+        "beyond": beyond or ("more than its first result is used" if used else ""),
+    }
+
+
 _OPTIONS: dict[str, Callable[[ir.Node], dict[str, Any]]] = {
     "gemm": _gemm,
     "conv": _conv,
     "transpose": _transpose,
     "einsum": lambda node: {"equation": str(plain(node)["equation"])},
     "gather": lambda node: {"axis": int(plain(node).get("axis", 0))},
+    "fill": _fill,
+    "attention": _attention,
     "softmax": lambda node: {"axis": int(plain(node).get("axis", -1))},
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewriter.graph import PLAIN, Layout, Port, Region, Slice, Value
 from rewriter.operator import AbstractRecurrence
-from rewriter.passes.detect.step import Step, close
+from rewriter.passes.detect.step import LAYOUT, Step, close
 from rewriter.structure import NoMatch
 
 
@@ -81,8 +81,16 @@ def _given(y: Slice, order: Sequence[int], shape: list[int], sizes: Sequence[int
 
 
 def zero(step: Step, initial: Value) -> bool:
-    """Whether the first state is stored and zero."""
-    held = step.graph.const(initial) if step.graph.is_const(initial) else None
+    """Whether the first state is zero whatever the inputs are."""
+    graph = step.graph
+    while not graph.is_const(initial) and (node := graph.producer(initial)) is not None:
+        if graph.op(node) == "zeros":
+            return True
+        operands = [v for v in graph.inputs(node) if v is not None]
+        if graph.op(node) not in LAYOUT or not operands:
+            return False
+        initial = operands[0]
+    held = graph.const(initial) if graph.is_const(initial) else None
     return held is not None and not bool(held.any())
 
 

@@ -172,14 +172,14 @@ def _einsum(graph: Graph, node: Node) -> Spelling | None:
     if not stored or len(stored) == len(operands):
         return None
     ranks = [len(graph.shape(v) or ()) for v in operands]
-    terms, out = _letters(str(graph.attributes(node)["equation"]), ranks)
+    terms, out = letters(str(graph.attributes(node)["equation"]), ranks)
     if len(operands) != 2:
         return _of_many(graph, node, [(operands[i], terms[i]) for i in stored], out)
     which = stored[-1]
     return _contraction(graph, node, operands[1 - which], operands[which], terms[1 - which], terms[which], out)
 
 
-def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     """The operands' and the output's letters; an ellipsis becomes letters of its own, an implicit output is written out."""
     left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")

@@ -37,8 +37,9 @@ def eigenform(system: System) -> Eigenform | None:
     if not kappa * len(values) * EPS < 1:
         return None
     left = vectors.mH if kappa == 1.0 else torch.linalg.inv(vectors)
-    order = torch.cat([(values.imag == 0).nonzero()[:, 0], (values.imag > 0).nonzero()[:, 0]])
-    modes = Modes(values[order], left[order] @ (system.b + 0j), (system.c + 0j) @ vectors[:, order], system.d, int((values.imag == 0).sum()))
+    reals = (values.imag == 0).nonzero()[:, 0]
+    kept = torch.cat([reals, (values.imag > 0).nonzero()[:, 0]])
+    modes = Modes(values[kept], left[kept] @ (system.b + 0j), (system.c + 0j) @ vectors[:, kept], system.d, len(reals))
     return Eigenform(modes.balanced(), kappa)
 
 
@@ -66,6 +67,6 @@ def _unitary(a: Tensor, angle: float, level: float) -> tuple[Tensor, Tensor]:
     values = (vectors.conj() * ((a + 0j) @ vectors)).sum(0)
     upper, flat = values.imag > level, values.imag.abs() <= level
     real = torch.linalg.svd(torch.cat([vectors[:, flat].real, vectors[:, flat].imag], 1), full_matrices=False).U[:, : int(flat.sum())]
-    level_values, turn = torch.linalg.eigh(real.T @ s @ real)
+    on_axis, turn = torch.linalg.eigh(real.T @ s @ real)
     pairs = vectors[:, upper]
-    return torch.cat([level_values + 0j, values[upper], values[upper].conj()]), torch.cat([real @ turn + 0j, pairs, pairs.conj()], 1)
+    return torch.cat([on_axis + 0j, values[upper], values[upper].conj()]), torch.cat([real @ turn + 0j, pairs, pairs.conj()], 1)

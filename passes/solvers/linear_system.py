@@ -47,10 +47,9 @@ class System:
 
     def transfer(self, angles: Tensor) -> Tensor:
         """G(e^{i angle}), (k,) -> (k, q, p) complex, by one solve per angle."""
-        eye = torch.eye(len(self.a), dtype=torch.complex128)
-        z = torch.exp(1j * angles.double())[:, None, None]
-        parts = [part * (self.c + 0j) @ torch.linalg.solve(part * eye - self.a, self.b + 0j) for part in z.split(max(1, BATCH // eye.numel()))]
-        return torch.cat(parts) + self.d
+        eye, b, c = torch.eye(len(self.a), dtype=torch.complex128), self.b + 0j, self.c + 0j
+        parts = torch.exp(1j * angles.double())[:, None, None].split(max(1, BATCH // max(1, eye.numel())))
+        return torch.cat([z * c @ torch.linalg.solve(z * eye - self.a, b) for z in parts]) + self.d
 
     def radius(self) -> float:
         """The largest |eigenvalue| of A; below 1 the recurrence is stable."""

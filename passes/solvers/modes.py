@@ -50,36 +50,60 @@ class Modes:
         ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
         return replace(self, b=self.b * ratio[..., None], c=self.c / ratio[..., None, :])
 
-    def kernel(self, length: int) -> Tensor:
-        """The impulse response f_0 ... without D: (..., length, q, p)."""
-        seen = (self.c * self.weight)[..., None, :, :] * powers(self.eigenvalues, length).transpose(-1, -2)[..., :, None, :]
-        return torch.as_tensor((seen @ self.b[..., None, :, :]).real)
+    def noise(self) -> Tensor:
+        """(...,) what rounding every state at every step adds to the output, over the unit roundoff; white input of unit variance.
+
+        sqrt(sum weight |c|^2 |b|^2 / (1 - |lambda|^2)^2): a mode holds |b|^2 / (1 - |lambda|^2), and what it loses rings as long.
+        """
+        strength = self.c.abs().square().sum(-2) * self.b.abs().square().sum(-1) / (1 - self.eigenvalues.abs().square()).square()
+        return (self.weight * strength).sum(-1).sqrt()
+
+    def radius(self) -> float:
+        """The largest |lambda|."""
+        return float(self.eigenvalues.detach().abs().max()) if self.eigenvalues.numel() else 0.0
+
+    def tail(self, length: int) -> float:
+        """At least the sum of |f_l|_2 over l >= length; no leading dimensions."""
+        size = self.eigenvalues.abs()
+        strength = self.weight * torch.linalg.vector_norm(self.c, dim=0) * torch.linalg.vector_norm(self.b, dim=1)
+        return float((strength * size**length / (1 - size)).sum())
+
+    def response(self, length: int) -> Tensor:
+        """The impulse response f: (..., length, q, p)."""
+        driven = self._rows((powers(self.eigenvalues, length)[..., None] * self.b[..., None, :]).flatten(-2))  # (..., n, length p)
+        response: Tensor = (self._columns(self.c) @ driven).unflatten(-1, (length, -1)).transpose(-3, -2).contiguous()
+        response[..., 0, :, :] += self.d
+        return response
+
+    def stored(self, dtype: torch.dtype) -> Modes:
+        """The same numbers rounded to a real dtype; they stay complex128."""
+        pairs = (torch.view_as_real(x).to(dtype).double() for x in (self.eigenvalues, self.b, self.c))
+        eigenvalues, b, c = (torch.view_as_complex(x) for x in pairs)
+        return Modes(eigenvalues, b, c, self.d.to(dtype).double(), self.reals)
 
     def real(self, dtype: torch.dtype) -> RealModes:
         """As it is stored and run."""
         keep, cross = self._rates(self.eigenvalues)
-        parts = (x.to(dtype) for x in (keep, cross, self._rows(self.b), self._columns(self.c), self.d))
-        return RealModes(*parts, self._partner())
+        b, c = self._rows(self.b), self._columns(self.c)
+        return RealModes(keep.to(dtype), cross.to(dtype), b.to(dtype), c.to(dtype), self.d.to(dtype), self._partner())
 
     def chunked(self, length: int, dtype: torch.dtype) -> Chunked:
         """The matrices of L = length steps."""
         (q, p), lead = self.d.shape[-2:], self.d.shape[:-2]
         raised = powers(self.eigenvalues, length + 1)  # (..., m, L + 1)
-        response = self.kernel(length)
-        response[..., 0, :, :] += self.d
         lag = torch.arange(length)[:, None] - torch.arange(length)
-        toeplitz = response[..., lag.clamp_min(0), :, :] * (lag >= 0)[:, :, None, None]  # (..., L, L, q, p)
+        toeplitz = self.response(length)[..., lag.clamp_min(0), :, :] * (lag >= 0)[:, :, None, None]  # (..., L, L, q, p)
         observe = self.c[..., None, :, :] * raised[..., 1:].transpose(-1, -2)[..., :, None, :]  # (..., L, q, m)
         control = raised[..., :length].flip(-1)[..., None] * self.b[..., None, :]  # (..., m, L, p)
         keep, cross = self._rates(raised[..., length])
-        parts = (
-            toeplitz.transpose(-3, -2).reshape(*lead, length * q, length * p),
-            self._columns(observe.flatten(-3, -2)),
-            self._rows(control.flatten(-2)),
-            keep,
-            cross,
+        return Chunked(
+            toeplitz.transpose(-3, -2).reshape(*lead, length * q, length * p).to(dtype),
+            self._columns(observe.flatten(-3, -2)).to(dtype),
+            self._rows(control.flatten(-2)).to(dtype),
+            keep.to(dtype),
+            cross.to(dtype),
+            self._partner(),
         )
-        return Chunked(*(x.to(dtype) for x in parts), self._partner())
 
     def _rows(self, x: Tensor) -> Tensor:
         """(..., m, k) complex -> (..., n, k) in the layout of the real state."""
