@@ -44,10 +44,11 @@ def latencies(
         int8 = target.open_int8(dense, threads)
     except RewriteError as error:
         note = f"no int8 figure: {error}"
-    return [_row(before, int8, after, _feeds(graph, specs, explicit, count), count, threads, note) for count in tokens]
+    return [_row(before, int8, after, feeds_at(graph, specs, explicit, count), count, threads, note) for count in tokens]
 
 
-def _feeds(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: int) -> Mapping[str, Tensor] | str:
+def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: int) -> Mapping[str, Tensor] | str:
+    """One batch of `tokens` tokens, or why there can be none."""
     sizes = token_sizes(specs, explicit, tokens)
     first = next((spec.dims[0] for spec in specs if spec.dims), 1)
     rows = first if isinstance(first, int) else sizes[first]

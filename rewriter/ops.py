@@ -145,8 +145,8 @@ class SequenceOps(Ops[V], Protocol[V]):
         """What the last of `chunks` holds without its zeros: between 1 and `size` slices."""
         ...
 
-    def row(self, x: V) -> V:
-        """(batch, time, ...) -> (batch, ...): the last slice along time."""
+    def at_tail(self, x: V, like: V, size: int) -> V:
+        """(batch, chunks, ...) -> (batch, ...): the slice at the chunk in which `like` ends; chunks of nothing but zeros may follow it."""
         ...
 
     def zeros(self, like: V, *sizes: int) -> V:

@@ -24,7 +24,9 @@ from rewriter.fit import site_cost
 from rewriter.graph import Graph, Site
 from rewriter.inputs import parse_dims
 from rewriter.latency import grew, latencies
+from rewriter.lengths import check_lengths
 from rewriter.memory import return_freed_blocks
+from rewriter.operator import AbstractRecurrence
 from rewriter.options import Options
 from rewriter.places import cache_folder, check_suffix, out_path, publish, size
 from rewriter.progress import Progress
@@ -318,14 +320,19 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     options = job.options
     folder = Path(scratch.name)
     name = out.name if out else f"model{job.target.suffix}"
+    explicit = parse_dims(options.dims) if options.dims else {}
     draft = _report(job, None, [], {}, planned=False)
     recipe = {k: v for k, v in draft.recipe.items() if k not in ELSEWHERE}
     provenance = {"report": dataclasses.replace(draft, seconds=0.0, recipe=recipe).to_json()}  # same seed, same bytes
     emission = EmitOptions(options.opset, options.flatten, options.token_counts, options.threads, provenance)
     emitted = folder / name
     job.target.emit(job.graph, emitted, emission)
-    error = _certificate(job, job.target.open(emitted, options.threads), job.samples.held_out)
+    runner = job.target.open(emitted, options.threads)
+    error = _certificate(job, runner, job.samples.held_out)
     failure = _refused(job, error)
+    if failure is None and any(isinstance(d.operator, AbstractRecurrence) for d in job.decisions.values()):
+        allowed = None if job.lossy else _tolerance(job)
+        job.notes.append(check_lengths(job.reference, runner, job.graph, job.source.specs, explicit, allowed))
     rows: list[Latency] = []
     nbytes: dict[str, int | None] = {"dense": None, "rewritten": size(emitted)}
     if failure is None:
@@ -333,7 +340,6 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
         dense = _as_file(job.source, job.target, folder / "dense" / name, dataclasses.replace(options, flatten=False))
         nbytes["dense"] = size(dense)
         if options.timing:
-            explicit = parse_dims(options.dims) if options.dims else {}
             rows = latencies(job.target, dense, emitted, job.graph, job.source.specs, explicit, options.token_counts, options.threads)
         failure = _not_smaller(options, rows, nbytes, job, len(provenance["report"].encode()))
         shutil.rmtree(folder / "dense")
@@ -354,12 +360,16 @@ def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
     if bound is not None and error.upper > bound:
         return 3, f"the emitted model's error {error.upper:.3g} exceeds --max-error {bound}; nothing was written"
     if not job.lossy:
-        dtypes = [d.site.dtype for d in job.decisions.values() if d.site.dtype in EQUAL]
-        tolerance = max((EQUAL[d][0] for d in dtypes if d is not None), default=1e-4)
-        allowed = 10 * tolerance
+        allowed = _tolerance(job)
         if not error.estimate <= allowed:
             raise RewriteError(f"an exact rewrite moved the output by {error.estimate:.3g}, {allowed:.1g} is allowed; nothing was written")
     return None
+
+
+def _tolerance(job: Job) -> float:
+    """Of an exact rewrite's output."""
+    dtypes = [d.site.dtype for d in job.decisions.values() if d.site.dtype in EQUAL]
+    return 10 * max((EQUAL[d][0] for d in dtypes if d is not None), default=1e-4)
 
 
 def _not_smaller(

@@ -65,9 +65,6 @@ OPERATIONS: dict[str, str] = {
     "aten.full_like": "fill",
     "aten.new_full": "fill",
     "aten.scalar_tensor": "fill",
-    "aten.zeros": "fill",
-    "aten.zeros_like": "fill",
-    "aten.new_zeros": "fill",
     "aten.embedding": "embedding",
     "aten.softmax": "softmax",
     "aten._softmax": "softmax",
@@ -89,6 +86,7 @@ OPERATIONS: dict[str, str] = {
     "aten.reciprocal": "reciprocal",
     "aten.stack": "stack",
     "aten.cat": "concat",
+    "aten.outer": "outer",
     "aten.zeros": "zeros",
     "aten.new_zeros": "zeros",
     "aten.zeros_like": "zeros",
@@ -177,8 +175,7 @@ def _scalar(node: Node) -> dict[str, Any]:
 
 
 def _fill(node: Node) -> dict[str, Any]:
-    zero = "zeros" in str(node.target)
-    value = 0 if zero else next((a for a in reversed(node.args) if isinstance(a, int | float)), None)
+    value = next((a for a in reversed(node.args) if isinstance(a, int | float)), None)
     return {} if value is None else {"scalar": float(value)}
 
 
@@ -207,6 +204,7 @@ def _attention(node: Node) -> dict[str, Any]:
 _OPTIONS: dict[str, Callable[[Node], dict[str, Any]]] = {
     **dict.fromkeys(("add", "sub", "mul", "div", "pow", "where", "masked_fill"), _scalar),
     "fill": _fill,
+    "zeros": lambda node: {"scalar": 0.0},
     "transpose": _transpose,
     "softmax": lambda node: {"axis": node.args[1]},
     "safe_softmax": lambda node: {"axis": node.args[1]},

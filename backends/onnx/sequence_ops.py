@@ -192,14 +192,15 @@ class SequenceOps:
         return Sized(cut, axes)
 
     def tail(self, x: Sized, size: int, axis: int) -> Sized:
-        length = self._length(x, axis)
-        whole = self._op("Div", self._op("Sub", length, self._ints(1)), self._ints(size))
-        start = self._op("Mul", whole, self._ints(size))
-        return Sized(self._op("Slice", x.value, start, length, self._ints(axis)), x.axes)
+        start = self._op("Mul", self._last_chunk(x, size, axis), self._ints(size))
+        return Sized(self._op("Slice", x.value, start, self._length(x, axis), self._ints(axis)), x.axes)
 
-    def row(self, x: Sized) -> Sized:
-        index = self._op("Constant", value_int=-1)
+    def at_tail(self, x: Sized, like: Sized, size: int) -> Sized:
+        index = self._op("Squeeze", self._last_chunk(like, size, 1))
         return Sized(self._op("Gather", x.value, index, axis=1), (x.axes[0], *x.axes[2:]))
+
+    def _last_chunk(self, x: Sized, size: int, axis: int) -> ir.Value:
+        return self._op("Div", self._op("Sub", self._length(x, axis), self._ints(1)), self._ints(size))
 
     def zeros(self, like: Sized, *sizes: int) -> Sized:
         shape = self.tape.op("Concat", [self._length(like, 0), self._ints(*sizes)], {"axis": 0})

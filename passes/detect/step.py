@@ -76,7 +76,7 @@ class Step:
     def _factors(self, root: Value) -> list[Value]:
         """The two that an outer product as large as a state is made of."""
         node = None if root in self.x else self.graph.producer(root)
-        if node is None or self.graph.op(node) not in ("mul", "matmul", "einsum"):
+        if node is None or self.graph.op(node) not in ("mul", "matmul", "einsum", "outer"):
             return []
         operands = [v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v)]
         whole, *sizes = (t.numel() for t in self.graph.compute([root, *operands], self.x))

@@ -63,12 +63,16 @@ class _Chain:
                 continue
             inherited = max((self.level.get(id(v), -1) for v in self.graph.inputs(node) if v is not None), default=-1)
             row = self.graph.stacked(node)
-            if row is not None and [self.level.get(id(p), -1) for p in row[0]] == list(range(self.length)):
+            if row is not None and self._in_row([self.level.get(id(p), -1) for p in row[0]]):
                 self.rows.append((node, *row))
                 inherited = -1
             for value in self.graph.outputs(node):
                 self.values[id(value)] = value
                 self.level[id(value)] = self._sliced(value, inherited)
+
+    def _in_row(self, levels: Sequence[int]) -> bool:
+        """One piece a step, of the step itself or of the state before it."""
+        return list(levels) in (list(range(self.length)), list(range(-1, self.length - 1)))
 
     def _sliced(self, value: Value, inherited: int) -> int:
         found = self.graph.sliced(value)
@@ -132,23 +136,30 @@ class _Chain:
         return found
 
     def _loop(self, walk: _Walk, states: Sequence[tuple[Value, Value]]) -> Loop:
-        finals = {id(c): walk.last(c) for c in self.cross[-1]}
+        after = {id(c): walk.last(c) for c in self.cross[-1]}
         begins = {id(begin) for begin, _ in states}
         rows = [row for row in self.rows if begins & self._reached(row[1][1]).keys()]
         reached = [self._reached(v) for v in [*(end for _, end in states), *(row[1][1] for row in rows)]]
         xs = [self.slices[i] for i in dict.fromkeys(i for part in reached for i in part) if i in self.slices]
-        carries = []
-        for begin, end in states:
-            final = finals[id(walk.at(begin, self.length - 2))]
-            carries.append(Carry(begin, end, walk.initial[id(begin)], self._outside(final, walk)))
+        last = [after[id(walk.at(begin, self.length - 2))] for begin, _ in states]
+        nodes = self._inside([*(v for v in last if v is not None), *(self.graph.outputs(row[0])[0] for row in rows)])
+        finals = [v if v is not None and any(user not in nodes for user in self.graph.users(v)) else None for v in last]
+        carries = [Carry(begin, end, walk.initial[id(begin)], final) for (begin, end), final in zip(states, finals, strict=True)]
         ys = [Slice(pieces[1], self.graph.outputs(node)[0], axis, kept) for node, pieces, axis, kept in rows]
-        nodes = dict.fromkeys([*walk.nodes, *(row[0] for row in rows)])
         return Loop(tuple(nodes), tuple(carries), tuple(xs), tuple(ys), "unrolled")
 
-    def _outside(self, final: Value | None, walk: _Walk) -> Value | None:
-        """The final state where something besides the rows reads it."""
-        inside = {*walk.nodes, *(row[0] for row in self.rows)}
-        return final if final is not None and any(user not in inside for user in self.graph.users(final)) else None
+    def _inside(self, results: Sequence[Value]) -> dict[Node, None]:
+        """The nodes of all steps behind some results, in the graph's order."""
+        found, stack = set[Node](), list(results)
+        while stack:
+            value = stack.pop()
+            node = self.graph.producer(value)
+            if node is None or node in found:
+                continue
+            found.add(node)
+            inputs = () if id(value) in self.slices else self.graph.inputs(node)
+            stack.extend(v for v in inputs if v is not None and (self.level.get(id(v), -1) >= 0 or id(v) in self.slices))
+        return {node: None for node in self.graph.nodes() if node in found}
 
 
 class _Walk:
@@ -157,8 +168,6 @@ class _Walk:
     def __init__(self, chain: _Chain) -> None:
         self.chain, self.graph = chain, chain.graph
         self.initial: dict[int, Value] = {}  # by id of the state that crosses from step 0 to step 1
-        self.taken: dict[int, None] = {}
-        self.nodes: dict[Node, None] = {}
         self.match: list[dict[int, Value]] = [{} for _ in range(chain.length)]  # state of step t - 1 that step t's is like
         self._order: dict[int, list[Value]] = {}
 
@@ -194,8 +203,7 @@ class _Walk:
 
     def _alike(self, a: Value, b: Value, t: int) -> bool:
         """a of step t and b of step t - 1, computed by equal operations from what corresponds."""
-        pending, seen, nodes = [(a, b)], set[tuple[int, int]](), dict[Node, None]()
-        taken, initial = dict[int, None](), dict[int, Value]()
+        pending, seen, initial = [(a, b)], set[tuple[int, int]](), dict[int, Value]()
         while pending:
             a, b = pending.pop()
             if a is b or (id(a), id(b)) in seen or self._same_constant(a, b):
@@ -204,18 +212,16 @@ class _Walk:
             if id(a) in self.chain.slices:
                 if not self._same_slice(a, b, t):
                     return False
-                taken.update({id(a): None, id(b): None})
             elif any(a is c for c in self.chain.cross[t - 1]):
                 if t == 1:
                     initial[id(a)] = b
                 elif not any(b is c for c in self.chain.cross[t - 2]):
                     return False
-            elif not self._same_operation(a, b, pending, nodes):
+            elif not self._same_operation(a, b, pending):
                 return False
-        if any(self.initial.setdefault(k, v) is not v for k, v in initial.items()):
+        if any(self.initial.get(k, v) is not v for k, v in initial.items()):
             return False
-        self.taken.update(taken)
-        self.nodes.update(nodes)
+        self.initial.update(initial)
         return True
 
     def _same_constant(self, a: Value, b: Value) -> bool:
@@ -228,13 +234,9 @@ class _Walk:
         first, second = self.chain.slices[id(a)], self.chain.slices.get(id(b))
         if second is None or (first.outer, first.axis, first.kept) != (second.outer, second.axis, second.kept):
             return False
-        for value in (a, b):
-            node = self.graph.producer(value)
-            if node is not None:
-                self.nodes[node] = None
         return (self.chain.index[id(a)], self.chain.index[id(b)]) == (t, t - 1)
 
-    def _same_operation(self, a: Value, b: Value, pending: list[tuple[Value, Value]], nodes: dict[Node, None]) -> bool:
+    def _same_operation(self, a: Value, b: Value, pending: list[tuple[Value, Value]]) -> bool:
         first, second = self.graph.producer(a), self.graph.producer(b)
         if first is None or second is None or self.graph.op(first) != self.graph.op(second):
             return False
@@ -244,7 +246,5 @@ class _Walk:
             return False
         if any((p is None) != (q is None) for p, q in zip(left, right, strict=True)):
             return False
-        if self.chain.level.get(id(a), -1) >= 0:
-            nodes.update({first: None, second: None})
         pending.extend((p, q) for p, q in zip(left, right, strict=True) if p is not None)
         return True

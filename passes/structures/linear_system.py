@@ -110,7 +110,7 @@ class ChunkedSystem(AbstractRecurrence):
         y = ops.add(self.toeplitz.product(ops, rows), self.observe.product(ops, before))
         y = ops.swap(ops.unfold(LinearSystem._added(ops, y, self.drift), -1, self.length))
         # zeros behind the end would move the state: the last steps are taken one by one
-        final, _ = self.system.sequential(ops, [ops.row(before)], [ops.tail(u, self.length, 1)])
+        final, _ = self.system.sequential(ops, [ops.at_tail(before, u, self.length)], [ops.tail(u, self.length, 1)])
         return final, [ops.joined(y, u, 1)]
 
     @classmethod

@@ -1,0 +1,229 @@
+"""Recurrences in every spelling: found, read rightly, spliced as one node that gives the same; near misses are refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor
+
+from rewriter.backends.fx.graph import FxGraph
+from rewriter.backends.onnx.graph import OnnxGraph
+from rewriter.graph import Graph, Site
+from rewriter.operator import AbstractRecurrence
+from rewriter.passes.detect.recurrence import detect
+from rewriter.passes.structures.linear_attention import LinearAttention
+from rewriter.tolerances import EQUAL
+from tests.detect.loops import BATCH, CASES, HEADS, KEY, NAMES, TIME, WIDTH, Case, Loop, exported, onnx_loop, to_onnx
+
+
+def sites(graph: Graph) -> list[Site]:
+    return list(detect(graph))
+
+
+def only(graph: Graph) -> Site:
+    (site,) = sites(graph)
+    return site
+
+
+def run(graph: Graph, feeds: dict[str, Tensor]) -> list[Tensor]:
+    named = dict(zip((spec.name for spec in graph.specs()), feeds.values(), strict=True))
+    return list(graph.run(named).values())
+
+
+def raised(graph: Graph) -> Graph:
+    """A copy with its one recurrence as one node, and nothing left of the loop."""
+    copy = graph.clone()
+    site = only(copy)
+    assert site.form is not None, site.reason
+    copy.splice(site, site.form)
+    copy.prune()
+    operations = [copy.op(node) for node in copy.nodes()]
+    assert operations.count("structured") == 1 and not {"scan", "loop"} & set(operations)
+    return copy
+
+
+def equal(before: Graph, after: Graph, feeds: dict[str, Tensor]) -> None:
+    rtol, atol = EQUAL[torch.float32]
+    for a, b in zip(run(after, feeds), run(before, feeds), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize("name", CASES)
+def test_torch_spellings(name: str, dynamic: bool) -> None:
+    case = CASES[name]
+    graph = FxGraph.of(exported(case, dynamic))
+    site = only(graph)
+    assert case.said in site.reason
+    assert (type(site.form).__name__ if site.form else "") == case.kind
+    if case.kind:
+        after = raised(graph)
+        for time in (1, 4, 7, 65) if dynamic else (TIME,):
+            equal(graph, after, case.feeds(time))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize("name", ["transposed", "mamba", "linear cell"])
+def test_onnx_spellings(name: str, dynamic: bool) -> None:
+    case = CASES[name]
+    graph = OnnxGraph(to_onnx(exported(case, dynamic)))
+    site = only(graph)
+    assert case.said in site.reason
+    if case.kind:
+        after = raised(graph)
+        for time in (1, 4, 7, 65) if dynamic else (TIME,):
+            equal(graph, after, case.feeds(time))
+
+
+def test_one_recurrence_written_five_ways_is_one_structured_node() -> None:
+    """A Python loop, torch's scan, ONNX Scan, ONNX Loop, unrolled ONNX."""
+    case = CASES["delta"]
+    loop, scan = exported(case, False), exported(case, True)
+    graphs: dict[str, Graph] = {
+        "python loop": FxGraph.of(loop),
+        "scan": FxGraph.of(scan),
+        "unrolled onnx": OnnxGraph(to_onnx(loop)),
+        "onnx scan": OnnxGraph(to_onnx(scan)),
+        "onnx loop": OnnxGraph(onnx_loop()),
+    }
+    forms = {name: only(graph).form for name, graph in graphs.items()}
+    want = LinearAttention(HEADS, KEY, WIDTH, HEADS, HEADS, 1, "delta", "head", 1.0, True)
+    assert forms == dict.fromkeys(graphs, want)
+    results = [run(raised(graph), case.feeds()) for graph in graphs.values()]
+    rtol, atol = EQUAL[torch.float32]
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def test_layers_one_after_the_other_are_recurrences_of_their_own() -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Loop(CASES["gated"]), Loop(CASES["gated"])
+
+        def forward(self, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+            y, _ = self.first(a, b, s)
+            z, _ = self.second(y, b, s)
+            return z
+
+    feeds = CASES["gated"].feeds()
+    graph = FxGraph.of(torch.export.export(Two(), tuple(feeds.values())))
+    found = sites(graph)
+    assert [type(s.form).__name__ for s in found] == ["DiagonalRecurrence"] * 2
+    before = run(graph, feeds)
+    copy = graph.clone()
+    for site in detect(copy):
+        assert site.form is not None
+        copy.splice(site, site.form)
+    copy.prune()
+    assert [copy.op(n) for n in copy.nodes()].count("structured") == 2
+    torch.testing.assert_close(run(copy, feeds), before)
+
+
+def test_a_zero_first_state_is_no_input() -> None:
+    class Fresh(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return Loop(CASES["gated"])(a, b, torch.zeros(BATCH, WIDTH))[0]
+
+    a, b, _ = CASES["gated"].feeds().values()
+    graph = FxGraph.of(torch.export.export(Fresh(), (a, b)))
+    form = only(graph).form
+    assert isinstance(form, AbstractRecurrence) and not form.carried
+    equal(graph, raised(graph), {"a": a, "b": b})
+
+
+def test_a_sequence_without_a_batch() -> None:
+    class Lone(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+            ys = []
+            for t in range(q.shape[0]):
+                s = s + torch.outer(k[t], v[t])
+                ys.append(q[t] @ s)
+            return torch.stack(ys), s
+
+    feeds = {"q": torch.randn(TIME, KEY), "k": torch.randn(TIME, KEY), "v": torch.randn(TIME, WIDTH), "s": torch.randn(KEY, WIDTH)}
+    graph = FxGraph.of(torch.export.export(Lone(), tuple(feeds.values())))
+    assert isinstance(only(graph).form, LinearAttention)
+    equal(graph, raised(graph), feeds)
+
+
+class Odd(torch.nn.Module):
+    """A loop in which one step, a value inside, or the state's reading is not as it should be."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, a: Tensor, b: Tensor, s: Tensor) -> list[Tensor]:
+        ys, extra = [], []
+        for t in range(a.shape[1]):
+            before = s
+            decay = torch.sigmoid(a[:, t])
+            s = decay * s + (2 if self.kind == "step" and t == 3 else 1) * b[:, t]
+            s = torch.flip(s, (1,)) + 0 * before if self.kind == "mixed" else s
+            ys.append(before if self.kind == "early" else s)
+            extra.append(s)
+        return [torch.stack(ys, 1), s, *([extra[2]] if self.kind == "inside" else [])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("inside", "is used elsewhere"), ("mixed", "mixes its entries"), ("early", "read before its step")],
+)
+def test_near_misses_are_listed_with_the_reason(kind: str, said: str) -> None:
+    graph = FxGraph.of(torch.export.export(Odd(kind), tuple(CASES["gated"].feeds().values())))
+    site = only(graph)
+    assert site.form is None and said in site.reason
+
+
+def test_steps_that_differ_are_no_recurrence() -> None:
+    graph = FxGraph.of(torch.export.export(Odd("step"), tuple(CASES["gated"].feeds().values())))
+    assert sites(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (onnx_loop(trips=3), "another number of steps than a has"),
+        (onnx_loop(stops=True), "may stop early"),
+    ],
+)
+def test_onnx_loops_that_are_no_scan(model: ir.Model, said: str) -> None:
+    site = only(OnnxGraph(model))
+    assert site.form is None and said in site.reason
+
+
+def test_a_scan_that_runs_backwards_is_refused() -> None:
+    model = to_onnx(exported(CASES["gated"], True))
+    for node in model.graph.all_nodes():
+        if node.op_type == "Scan":
+            node.attributes["scan_input_directions"] = ir.AttrInt64s("scan_input_directions", [1, 1])
+    assert "runs backwards" in only(OnnxGraph(model)).reason
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_layers_are_listed(kind: str) -> None:
+    layer = getattr(torch.nn, kind)(KEY, WIDTH, batch_first=True)
+    graph = FxGraph.of(torch.export.export(layer, (torch.randn(2, TIME, KEY),)))
+    site = only(graph)
+    assert kind in site.reason and "non-linear" in site.reason
+
+
+def test_a_wrong_reading_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reading is checked against the operator's own step: one that computes something else reads nothing."""
+    right = LinearAttention.step
+
+    def wrong(self: LinearAttention, ops: object, states: Sequence[object], xs: Sequence[object]) -> object:
+        (state,), ys = right(self, ops, states, xs)  # type: ignore[arg-type]
+        return [state * 1.0001], ys
+
+    monkeypatch.setattr(LinearAttention, "step", wrong)
+    assert only(FxGraph.of(exported(CASES["delta"], False))).form is None
+
+
+def test_cases_say_their_own_names() -> None:
+    assert all(isinstance(case, Case) and len(case.shapes) <= len(NAMES) for case in CASES.values())
