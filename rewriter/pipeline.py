@@ -26,7 +26,7 @@ from rewriter.inputs import parse_dims
 from rewriter.latency import grew, latencies
 from rewriter.lengths import check_lengths
 from rewriter.memory import return_freed_blocks
-from rewriter.operator import AbstractRecurrence
+from rewriter.operator import AbstractMap, AbstractRecurrence
 from rewriter.options import Options
 from rewriter.places import cache_folder, check_suffix, out_path, publish, size
 from rewriter.progress import Progress
@@ -37,6 +37,7 @@ from rewriter.tolerances import EQUAL
 from rewriter.verify import certify, load_metric
 from rewriter.versions import versions, warn_untested
 
+MAP_TEXT = 64 << 10  # bytes of nodes
 ELSEWHERE = ("out", "cache", "force", "quiet")  # where a run's files lie and how it spoke: nothing of the model
 
 
@@ -366,6 +367,12 @@ def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
     return None
 
 
+def _bought(job: Job) -> int:
+    """Bytes that maps add for the sake of time: stored tensors, and the text of their forms."""
+    maps = [d for d in job.decisions.values() if isinstance(d.operator, AbstractMap)]
+    return sum(max(0, d.after.nbytes - d.before.nbytes) + MAP_TEXT for d in maps)
+
+
 def _tolerance(job: Job) -> float:
     """Of an exact rewrite's output."""
     dtypes = [d.site.dtype for d in job.decisions.values() if d.site.dtype in EQUAL]
@@ -379,7 +386,8 @@ def _not_smaller(
     if options.force or not job.rewritten:
         return None
     dense, now = nbytes["dense"], nbytes["rewritten"]
-    if dense is not None and now is not None and now - stored > dense:  # the report that travels in the model is no weight
+    # the report that travels in the model is no weight, and what a map stores to save time stands beside its site
+    if dense is not None and now is not None and now - stored - _bought(job) > dense:
         return 1, f"the output grew from {dense:,} to {now:,} bytes; nothing was written (--force writes it all the same)"
     if grew(rows):
         said = ", ".join(f"{r.ratio:.2f}x at T={r.tokens}" for r in rows if r.ratio is not None)

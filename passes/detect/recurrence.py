@@ -12,13 +12,13 @@ from rewriter.passes.detect.gated_state import read_gated
 from rewriter.passes.detect.linear import unique
 from rewriter.passes.detect.matrix_state import describe, read_matrix_state
 from rewriter.passes.detect.reading import Reading
+from rewriter.passes.detect.recurrent_layer import LAYERS, matrices, read_identity_rnn
 from rewriter.passes.detect.step import Step, close, step_of
 from rewriter.passes.detect.unrolled import unrolled
 from rewriter.passes.detect.vector_state import read_time_invariant
 from rewriter.passes.structures.linear_attention import LinearAttention
 from rewriter.structure import NoMatch
 
-LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "lstm_cell": "LSTM cell", "gru_cell": "GRU cell", "rnn_cell": "RNN cell"}
 READ = "raise-recurrence makes it one node"
 
 
@@ -28,7 +28,10 @@ def detect(graph: Graph) -> Iterator[Site]:
     for node in graph.nodes():
         op = graph.op(node)
         if op in LAYERS:
-            yield _listed(graph, (node,), f"{LAYERS[op]}: non-linear in its state; its matrices stay inside the operator", taken)
+            linear = read_identity_rnn(graph, node) if op == "rnn" else None
+            reason = f"{LAYERS[op]}: non-linear in its state, kept as the one operator that it is"
+            yield _listed(graph, (node,), reason, taken) if linear is None else _found(graph, linear, (node,), taken)
+            yield from matrices(graph, node, taken)
         elif op in ("scan", "loop"):
             loop = graph.loop(node)
             yield _listed(graph, (node,), loop, taken) if isinstance(loop, str) else _site(graph, loop, taken)
@@ -42,10 +45,14 @@ def _site(graph: Graph, loop: Loop, taken: set[str]) -> Site:
     reading = read(graph, loop)
     if isinstance(reading, NoMatch):
         return _listed(graph, loop.nodes, reading.reason, taken)
+    return _found(graph, reading, loop.nodes, taken)
+
+
+def _found(graph: Graph, reading: Reading, nodes: Sequence[Node], taken: set[str]) -> Site:
     refused = _entangled(graph, reading.region) or graph.can_splice(reading.region)
     if refused:
-        return _listed(graph, loop.nodes, f"{reading.said}; {refused}", taken)
-    return _listed(graph, loop.nodes, f"{reading.said}: {READ}", taken, reading.region, reading.form)
+        return _listed(graph, nodes, f"{reading.said}; {refused}", taken)
+    return _listed(graph, nodes, f"{reading.said}: {READ}", taken, reading.region, reading.form)
 
 
 def read(graph: Graph, loop: Loop) -> Reading | NoMatch:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from rewriter.backends.fx.graph import FxGraph
@@ -15,6 +16,7 @@ from rewriter.graph import Graph, Site
 from rewriter.operator import AbstractRecurrence
 from rewriter.passes.detect.recurrence import detect
 from rewriter.passes.structures.linear_attention import LinearAttention
+from rewriter.passes.structures.linear_system import LinearSystem
 from rewriter.tolerances import EQUAL
 from tests.detect.loops import BATCH, CASES, HEADS, KEY, NAMES, TIME, WIDTH, Case, Loop, exported, onnx_loop, to_onnx
 
@@ -209,8 +211,38 @@ def test_a_scan_that_runs_backwards_is_refused() -> None:
 def test_recurrent_layers_are_listed(kind: str) -> None:
     layer = getattr(torch.nn, kind)(KEY, WIDTH, batch_first=True)
     graph = FxGraph.of(torch.export.export(layer, (torch.randn(2, TIME, KEY),)))
-    site = only(graph)
+    site, *inside = sites(graph)
     assert kind in site.reason and "non-linear" in site.reason
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+    assert {s.shape for s in inside} == {(gates * WIDTH, KEY), (gates * WIDTH, WIDTH)}
+    assert all(s.kind == "linear" and kind in s.reason for s in inside)
+
+
+@pytest.mark.parametrize("activation", ["Affine", "Tanh"])
+def test_an_onnx_rnn_of_identity_activation_is_a_linear_system(activation: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W": (1, WIDTH, KEY), "R": (1, WIDTH, WIDTH), "B": (1, 2 * WIDTH)}
+    stored = [
+        helper.make_tensor(name, TensorProto.FLOAT, shape, (0.3 * torch.randn(shape, generator=generator)).flatten().tolist())
+        for name, shape in shapes.items()
+    ]
+    options = {"activation_alpha": [1.0], "activation_beta": [0.0]} if activation == "Affine" else {}
+    node = helper.make_node("RNN", ["x", *shapes, "", "h"], ["y", "last"], hidden_size=WIDTH, activations=[activation], **options)
+    infos = {"x": ["time", "batch", KEY], "h": [1, "batch", WIDTH], "y": ["time", 1, "batch", WIDTH], "last": [1, "batch", WIDTH]}
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in infos.items()}
+    inner = helper.make_graph([node], "rnn", [values["x"], values["h"]], [values["y"], values["last"]], stored)
+    graph = OnnxGraph(ir.from_proto(helper.make_model(inner, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)))
+    site = sites(graph)[0]
+    if activation == "Tanh":
+        assert site.form is None
+        return
+    assert isinstance(site.form, LinearSystem)
+    copy = graph.clone()
+    found = sites(copy)[0]
+    copy.splice(found, site.form)
+    copy.prune()
+    for time in (1, 5, 66):
+        equal(graph, copy, {"x": torch.randn(time, 2, KEY), "h": torch.randn(1, 2, WIDTH)})
 
 
 def test_a_wrong_reading_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from .inputs import anisotropic, decaying, generator
 
 load_structures()
 MINE = ("low-rank", "pivoted-low-rank", "block-dense", "monarch", "block-shuffle", "block-diagonal")
-OPERATORS = ("LowRank", "PivotedLowRank", "BlockDense", "Monarch", "UnequalBlocks")
+OPERATORS = ("LowRank", "PivotedLowRank", "BlockDense", "Monarch", "UnequalBlocks", "HouseholderProduct")
 SHAPES = [(48, 64), (64, 48), (37, 53), (53, 37), (96, 30), (40, 101)]
 structures = pytest.mark.parametrize("name", MINE)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)

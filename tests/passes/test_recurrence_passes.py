@@ -1,0 +1,117 @@
+"""raise-recurrence and diagonalize as users run them: a model in, a checked file out, the same results at every length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._higher_order_ops import scan
+
+from rewriter import rewrite
+from rewriter.errors import RewriteError
+from rewriter.pipeline import Result
+from rewriter.registry import targets
+
+STATES, CHANNELS = 12, 2
+INPUTS = ["x:float32[batch,time,2]"]
+TARGETS = {"onnxruntime": ".onnx", "onnx": ".onnx", "torch": ".pt2"}
+
+
+class Linear(torch.nn.Module):
+    """h' = h A + x B + s, y = h' C from zero; `last` gives the last state too."""
+
+    def __init__(self, a: Tensor, last: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.last = torch.nn.Parameter(a), last
+        self.b, self.c = torch.nn.Linear(CHANNELS, len(a)), torch.nn.Linear(len(a), CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        def body(h: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            h = h @ self.a + self.b(u)
+            return h, self.c(h)
+
+        h, y = scan(body, x.new_zeros(x.shape[0], len(self.a)), x.transpose(0, 1))
+        return (y.transpose(0, 1), h) if self.last else y.transpose(0, 1)
+
+
+def stable(size: int = STATES, radius: float = 0.9) -> Tensor:
+    a = torch.randn(size, size, generator=torch.Generator().manual_seed(1))
+    return radius * a / torch.linalg.eigvals(a).abs().max()
+
+
+def run(model: torch.nn.Module, passes: str, target: str, folder: Path, **options: object) -> Result:
+    out = folder / f"model{TARGETS[target]}"
+    return rewrite(model, passes, INPUTS, target, out=str(out), tokens="64", samples=4, timing=False, cache=str(folder), **options)
+
+
+def same(model: torch.nn.Module, result: Result, target: str, tolerance: float) -> None:
+    assert result.path is not None, result.message
+    runner = targets()[target]().open(result.path, 1)
+    for tokens, batch in ((1, 1), (5, 2), (64, 1), (131, 3)):
+        x = torch.randn(batch, tokens, CHANNELS)
+        want = model(x)
+        for a, b in zip(runner({"x": x}).values(), want if isinstance(want, tuple) else (want,), strict=True):
+            assert float((a - b).norm() / b.norm()) < tolerance
+
+
+def reason(result: Result) -> str:
+    return next(row.reason for row in result.report.sites if row.kind == "recurrence")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_scan_becomes_one_node(target: str, tmp_path: Path) -> None:
+    model = Linear(stable(), last=True)
+    result = run(model, "raise-recurrence", target, tmp_path)
+    assert "in one node" in reason(result)
+    assert any("at 1, " in note and "129 tokens" in note for note in result.report.notes)
+    same(model, result, target, 1e-5)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "torch"])
+def test_a_dense_recurrence_becomes_diagonal(target: str, tmp_path: Path) -> None:
+    model = Linear(stable())
+    result = run(model, "diagonalize:error=1e-4", target, tmp_path)
+    (row,) = [r for r in result.report.sites if r.kind == "recurrence"]
+    assert row.status == "rewritten" and not row.exact and row.error is not None and row.error <= 1e-4
+    assert "eig: A as it stands" in row.reason
+    same(model, result, target, 1e-4)
+
+
+def test_a_jordan_block_is_perturbed_or_truncated_and_within_its_bound(tmp_path: Path) -> None:
+    a = 0.5 * torch.eye(STATES) + 0.5 * torch.diag(torch.ones(STATES - 1), 1)
+    model = Linear(a)
+    result = run(model, "diagonalize:error=5e-3", "onnxruntime", tmp_path)
+    (row,) = [r for r in result.report.sites if r.kind == "recurrence"]
+    assert row.error is not None and 0 < row.error <= 5e-3
+    assert "truncated" in row.reason or "perturbed" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("model", "passes", "said"),
+    [
+        (Linear(stable(), last=True), "diagonalize", "its state goes in or out in the model's own basis"),
+        (Linear(torch.diag(stable().diagonal())), "diagonalize", "its transition is diagonal already"),
+        (Linear(0.5 * torch.eye(STATES) + torch.diag(torch.ones(STATES - 1), 1)), "diagonalize:error=1e-9", "stays dense"),
+        (torch.nn.LSTM(CHANNELS, STATES, batch_first=True), "raise-recurrence", "LSTM: non-linear in its state"),
+    ],
+)
+def test_what_is_kept_says_why(model: torch.nn.Module, passes: str, said: str, tmp_path: Path) -> None:
+    inputs = ["input:float32[batch,time,2]"] if isinstance(model, torch.nn.LSTM) else INPUTS
+    result = rewrite(model, passes, inputs, "onnxruntime", out=str(tmp_path / "m.onnx"), timing=False, samples=4, cache=str(tmp_path))
+    assert result.exit_code == 1 and said in reason(result)
+
+
+def test_an_error_of_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RewriteError, match="error above 0"):
+        run(Linear(stable()), "diagonalize:error=0", "onnxruntime", tmp_path)
+
+
+def test_the_two_passes_compose(tmp_path: Path) -> None:
+    """What diagonalize rewrote, raise-recurrence leaves alone."""
+    model = Linear(stable())
+    result = run(model, "diagonalize,raise-recurrence", "onnxruntime", tmp_path)
+    assert "eig: A as it stands" in reason(result)
+    same(model, result, "onnxruntime", 1e-3)
