@@ -7,8 +7,8 @@ trigonometric polynomial of degree L/2, and one of degree d that has its maximum
 The rest of the response is  C A^L (sum_{l<L} A^l z^-l) (I - A^L z^-L)^-1 B z^-L,  of norm at most
     |C A^L| S |B| / (1 - |A^L|),      S = prod (1 + |A^m|), m = 1, 2, 4, ..., L/2  >=  sum_{l<L} |A^l|.
 L doubles until that is a hundredth of the peak. Both bounds are rigorous in exact arithmetic and need no eigenvector of A: defective and
-non-normal A are no special case. Rounding of f is allowed for by eps n K^2 |C| |B|, K the largest |A^m| met, and eps sum |f'_l|: estimates, not proofs.
-The cost is n^2 L p with L a few times 1 / (1 - rho(A)), whatever the error is; differences cancel in f itself, not in norms.
+non-normal A are no special case. Rounding of f is allowed for by eps n K^2 |C| |B|, K the largest |A^m| met, and by eps sum |f'_l|:
+estimates, not proofs. The cost is n^2 L p with L a few times 1 / (1 - rho(A)), whatever the error is; differences cancel in f itself.
 """
 
 from __future__ import annotations
