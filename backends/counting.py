@@ -13,7 +13,10 @@ from rewriter.cost import Cost
 from rewriter.operator import AbstractMap, flatten, tensors, unflatten
 from rewriter.ops import Step
 
-_FREE = {"const", "literal", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "tail", "at_tail", "triangle", "regroup", "split", "concat", "pad", "gather", "shuffle"}
+_FREE = {
+    "const", "literal", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "tail", "at_tail", "triangle", "regroup", "split",
+    "concat", "pad", "gather", "shuffle", "where",
+}  # fmt: skip
 
 
 class CountingOps(EagerOps):

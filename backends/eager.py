@@ -149,7 +149,8 @@ class EagerOps:
             self._inside = dict(zip(stored, given[count + len(xs) :], strict=True))
             new, ys = step(given[:count], given[count : count + len(xs)])
             self._inside = {}
-            return [v.clone() for v in (*new, *ys)]  # scan forbids outputs that alias
+            # scan forbids outputs that alias, and states whose strides change
+            return [v.clone(memory_format=torch.contiguous_format) for v in (*new, *ys)]
 
-        found = scan_op(body, list(states), [x.movedim(1, 0) for x in xs], tuple(stored.values()))
+        found = scan_op(body, [s.contiguous() for s in states], [x.movedim(1, 0) for x in xs], tuple(stored.values()))
         return list(found[:count]), [y.movedim(0, 1) for y in found[count:]]

@@ -34,9 +34,11 @@ class RaiseRecurrence(AbstractPass):
     @staticmethod
     def _raised(graph: Graph, context: Context, site: Site) -> Decision:
         form = site.form
-        if not isinstance(form, AbstractRecurrence) or site.region is None:
+        if not isinstance(form, AbstractRecurrence):
             return Decision(site, site.reason)
         before = form.cost()
+        if site.region is None:  # the node stands there already
+            return Decision(site, site.reason, before, before, form, spelled(form), True, 0.0)
         chosen, figures = fastest(context, [form, *in_chunks(form)]) if isinstance(form, LinearSystem) else (form, "")
         graph.splice(site, chosen)
         said = site.reason.partition(":")[0]

@@ -55,6 +55,6 @@ class Target(Protocol):
         ...
 
     def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
-        """Seconds per call of each form, matrices on `tokens` rows, maps on one sequence of `tokens`: interleaved in one process, medians, weights cold for few tokens; cached by
-        hardware and versions."""
+        """Seconds per call of each form, matrices on `tokens` rows, maps on one sequence of `tokens`: interleaved in one process, medians,
+        weights cold for few tokens; cached by hardware and versions."""
         ...

@@ -144,20 +144,23 @@ class Graph(Protocol):
         ...
 
     def op(self, node: Node) -> str:
-        """The normalised operation: linear matmul addmm gemm einsum conv add mul transpose reshape gather embedding softmax attention
-        layer_norm rms_norm rnn lstm gru scan loop cond structured …; an operation without a common name keeps its own, with its domain."""
+        """The normalised operation: linear matmul addmm gemm einsum conv add mul where transpose reshape expand repeat concat split gather
+        embedding fill shape softmax attention layer_norm rms_norm rnn lstm gru scan loop cond structured …; an operation without a common
+        name keeps its own, with its domain."""
         ...
 
     def inputs(self, node: Node) -> Sequence[Value | None]:
         """Tensor operands in the normalised order: linear (x, w, b), matmul (a, b), addmm (c, a, b), gemm (a, b, c), einsum (operands…),
-        conv (x, w, b), add/mul (a, b), gather/embedding (table, indices), layer_norm (x, gamma, beta), rms_norm (x, gamma)."""
+        conv (x, w, b), add/mul (a, b), gather/embedding (table, indices), layer_norm (x, gamma, beta), rms_norm (x, gamma), where
+        (condition, a, b), masked_fill (x, mask, value), attention (query, key, value, mask); None stands for a plain number."""
         ...
 
     def outputs(self, node: Node) -> Sequence[Value]: ...
 
     def attributes(self, node: Node) -> Mapping[str, Any]:
         """Normalised: einsum equation; gemm alpha beta trans_a trans_b; addmm alpha beta; conv strides pads dilations groups; transpose
-        axes."""
+        axes; softmax axis; scalars, of add mul where … the plain numbers among the operands; scalar, of fill the value; attention scale
+        (None: the default) causal heads shared (of inputs without an axis for them) empty (see Attention) beyond (why it is more)."""
         ...
 
     def producer(self, value: Value) -> Node | None: ...

@@ -40,6 +40,9 @@ def check_lengths(
         except RewriteError as problem:
             failures.append(f"the model as given fails at {length}: {problem}")
             continue
+        if not all(bool(y.isfinite().all()) for y in dense.values() if y.is_floating_point()):
+            failures.append(f"the model as given overflows at {length} on invented inputs")
+            continue
         other = rewritten(feeds)
         errors[length] = max(_error(dense[name], other[name]) for name in dense if dense[name].is_floating_point())
         if allowed is not None and not errors[length] <= allowed:

@@ -20,6 +20,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from rewriter.backends.files.quiet import muted
+from rewriter.backends.files.raising import raised
 from rewriter.backends.files.recurrent import whole_recurrences
 from rewriter.errors import RewriteError
 from rewriter.inputs import InputSpec, dim_names, fill_sizes
@@ -28,8 +29,11 @@ SMALL = (3, 5, 7, 11, 13, 17, 19, 23)  # never 0 or 1, which torch.export takes 
 LARGE = (4, 48, 64, 80, 96, 112, 128, 144)  # for models that shrink an axis, such as strided convolutions
 
 
-def export_module(module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> ExportedProgram:
-    """Export in eval mode, without gradients. `sizes` are hints for the examples: a named dimension stays dynamic."""
+def export_module(
+    module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int], notes: list[str] | None = None
+) -> ExportedProgram:
+    """Export in eval mode, without gradients, known recurrences raised. `sizes` are hints for the examples: a named dimension stays
+    dynamic. `notes` gains what there is to say."""
     _check_names(module, specs)
     fill_sizes(specs, sizes)  # refuses a --dim that no input has
     first_error: Exception | None = None
@@ -37,7 +41,7 @@ def export_module(module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Ma
     asked = example_sizes(specs, sizes, SMALL)
     for hints, strict in ((asked, False), (example_sizes(specs, {}, LARGE), False), (asked, True)):
         try:
-            with _traceable(module):
+            with _traceable(module), raised(module) as raising:
                 program = _export(module, specs, hints, strict)
         except Exception as error:
             first_error = first_error or error
@@ -46,8 +50,11 @@ def export_module(module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Ma
         if said is None:
             _drop_bounds_of_sums(program)
             _name_outputs(program)
+            found = raising.notes(program)
+            if notes is not None:
+                notes += found
             return program
-        fixed = fixed or said
+        fixed = fixed or "; ".join([said, *raising.left()])
     if fixed is not None:
         raise RewriteError(fixed)
     assert first_error is not None
@@ -134,13 +141,19 @@ def _check_names(module: torch.nn.Module, specs: Sequence[InputSpec]) -> None:
 
 @contextmanager
 def _traceable(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and without the fused encoder kernel, which would hide six linears in one node."""
+    """Eval mode without gradients, and without the fused encoder kernel, which would hide six linears in one node.
+
+    Parameters want none either: a scan that a gradient could flow through cannot be traced a second time.
+    """
     training = [(part, part.training) for part in module.modules()]
+    wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
     fast = torch.backends.mha.get_fastpath_enabled()
     with contextlib.suppress(NotImplementedError):  # a program's module is in eval mode for ever
         module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        for parameter in wanting:
+            parameter.requires_grad = False
         with torch.no_grad(), whole_recurrences(), warnings.catch_warnings(), muted():
             warnings.simplefilter("ignore")  # an LSTM reassigns its own weight list while traced
             yield
@@ -148,6 +161,8 @@ def _traceable(module: torch.nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for part, flag in training:
             part.training = flag
+        for parameter in wanting:
+            parameter.requires_grad = True
 
 
 def _specialised(program: ExportedProgram, specs: Sequence[InputSpec]) -> str | None:

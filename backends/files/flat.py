@@ -1,9 +1,9 @@
 """A transformers model seen as plain tensors in and plain tensors out.
 
-Its inputs are read off its configuration and its forward's parameters; its key/value cache, where it keeps one of the plain
-growing kind, becomes inputs `past_key_values_layers_0_keys` and outputs `present_key_values_layers_0_keys`, which are the
-paths that transformers' own exporter names. The model's class is swapped for a subclass with that forward, so every
-parameter keeps its name.
+Its inputs are read off its configuration and its forward's parameters; its cache, where it keeps one of the plain kind (keys and
+values that grow, states of convolutions and recurrences that do not), becomes inputs `past_key_values_layers_0_keys` and outputs
+`present_key_values_layers_0_keys`, which are the paths that transformers' own exporter names. States of zero are the past of no
+token. The model's class is swapped for a subclass with that forward, so every parameter keeps its name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from rewriter.inputs import InputSpec
 
 PAST = "past_key_values_layers_"
 PRESENT = "present_key_values_layers_"
+GROWING = ("_keys", "_values")  # slots with an axis of tokens
+TOKENS = (1, 2)  # of trial runs; a padding token, whose row is zero, would hide what the model reads
 CACHES = ("cache", "past_key_values")  # the argument's and the output's name, from transformers 5.24 on and before
 
 
 def model_specs(model: Any, with_cache: bool) -> list[InputSpec]:
     """What the model takes, in the order in which its forward names them."""
     accepted = inspect.signature(plain_class(model).forward).parameters
-    known = {spec.name: spec for spec in _candidates(model, with_cache)}
+    past = cache_specs(model) if with_cache else []
+    known = {spec.name: spec for spec in _candidates(model, any("past" in spec.dims for spec in past))}
     main = model.main_input_name
     if main not in known:
         name = plain_class(model).__name__
@@ -40,15 +43,14 @@ def model_specs(model: Any, with_cache: bool) -> list[InputSpec]:
     types = getattr(model.config, "type_vocab_size", 0) or 0
     if types > 1:
         wanted.add("token_type_ids")
-    past = cache_specs(model) if with_cache else []
     if past:
         wanted.add("position_ids")
     return [known[name] for name in accepted if name in wanted and name in known] + past
 
 
-def _candidates(model: Any, with_cache: bool) -> list[InputSpec]:
+def _candidates(model: Any, with_past: bool) -> list[InputSpec]:
     dtype = str(model.dtype).removeprefix("torch.")
-    whole = "past+seq" if with_cache else "seq"
+    whole = "past+seq" if with_past else "seq"
     config = model.config
     vision = getattr(config, "vision_config", config)
     image = getattr(vision, "image_size", None)
@@ -68,27 +70,83 @@ def _candidates(model: Any, with_cache: bool) -> list[InputSpec]:
 
 
 def cache_specs(model: Any) -> list[InputSpec]:
-    """The cache's tensors, read off a two-token run; empty where the model keeps none, or one of another kind."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    """The cache's tensors, read off a two-token run; empty where the model keeps none, or one that it does not go on from."""
+    from transformers.cache_utils import DynamicCache
 
     plain = plain_class(model)
     generative = model.can_generate() or plain.__name__.endswith("Model")
-    if model.config.is_encoder_decoder or not generative or _cache_argument(plain) is None:
+    argument = _cache_argument(plain)
+    if model.config.is_encoder_decoder or not generative or argument is None:
         return []
     with torch.no_grad():
-        out = plain.forward(model, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True, return_dict=True)
-    cache = dict(out.items()).get(_cache_argument(plain))  # asking `out` itself for the older name would print a warning
-    if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        out = plain.forward(model, input_ids=torch.tensor([TOKENS]), use_cache=True, return_dict=True)
+    cache = dict(out.items()).get(argument)  # asking `out` itself for the older name would print a warning
+    if not isinstance(cache, DynamicCache):
         return []
+    held = {f"{PAST}{i}_{slot}": tensor for i, layer in enumerate(cache.layers) for slot, tensor in _slots(layer).items()}
     specs = []
-    for i, layer in enumerate(cache.layers):
-        for side in ("keys", "values"):
-            tensor = getattr(layer, side)
-            if not isinstance(tensor, Tensor) or tensor.dim() != 4 or tensor.shape[2] != 2:
-                return []
-            dims = ("batch", tensor.shape[1], "past", tensor.shape[3])
-            specs.append(InputSpec(f"{PAST}{i}_{side}", str(tensor.dtype).removeprefix("torch."), dims))
-    return specs
+    for name, tensor in held.items():
+        grows = name.endswith(GROWING)
+        if not isinstance(tensor, Tensor) or (grows and (tensor.dim() != 4 or tensor.shape[2] != 2)):
+            return []
+        dims = ("batch", tensor.shape[1], "past", tensor.shape[3]) if grows else ("batch", *tensor.shape[1:])
+        specs.append(InputSpec(name, str(tensor.dtype).removeprefix("torch."), dims))
+    return specs if _goes_on_from(model, held) else []
+
+
+def _goes_on_from(model: Any, held: Mapping[str, Tensor]) -> bool:
+    """Whether every kind of state moves the next two tokens: Mamba's scan of more than one token starts from zero, whatever it is given."""
+    plain = plain_class(model)
+
+    def following(past: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            out = plain.forward(model, **_model_kwargs(plain, {"input_ids": torch.tensor([TOKENS]), **past}), return_dict=True)
+        y: Tensor = next(iter(out.values()))
+        return y
+
+    kinds = {(name.split("_", 5)[-1], t.shape) for name, t in held.items() if not name.endswith(GROWING)}
+    plainly = following(held) if kinds else torch.empty(0)
+    for kind, shape in kinds:
+        moved = {name: t + 1 if name.endswith(kind) and t.shape == shape else t for name, t in held.items()}
+        if torch.equal(following(moved), plainly):
+            return False
+    return True
+
+
+def _slots(layer: Any) -> dict[str, Any]:
+    """What one layer of a cache holds, by the names that transformers' exporter has; a layer of another kind holds None."""
+    from transformers import cache_utils
+
+    linear: Any = getattr(cache_utils, "LinearAttentionLayer", ())  # of later versions
+    found: dict[str, Any] = {}
+    if isinstance(layer, cache_utils.DynamicLayer):
+        found |= {"keys": layer.keys, "values": layer.values}
+    if isinstance(layer, linear):
+        states = (("conv_states", layer.conv_states), ("recurrent_states", layer.recurrent_states))
+        found |= {f"{kind}_{i}": state for kind, held in states for i, state in held.items() if state is not None}
+    return found or {"": None}
+
+
+def _layer(slots: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_slots`. Without the configuration every layer's keys grow, sliding ones too: the mask applies the window."""
+    from transformers import cache_utils
+
+    states = [slot.rpartition("_") for slot in slots if slot not in ("keys", "values")]
+    layer: Any
+    if not states:
+        layer = cache_utils.DynamicLayer()  # type: ignore[no-untyped-call]
+    else:
+        both = cache_utils.LinearAttentionAndFullAttentionLayer if "keys" in slots else cache_utils.LinearAttentionLayer
+        layer = both(number_of_states=1 + max(int(i) for *_, i in states))
+    if "keys" in slots:
+        layer.update(slots["keys"], slots["values"])
+    for kind, _, i in states:
+        value = slots[f"{kind}_{i}"].clone()  # which is written to in place
+        getattr(layer, kind)[int(i)] = value
+        getattr(layer, f"is_{kind}_initialized")[int(i)] = layer.has_previous_state[int(i)] = True
+        if kind == "conv_states":
+            layer.conv_kernel_size[int(i)] = value.shape[-1]
+    return layer
 
 
 def _cache_argument(plain: Any) -> str | None:
@@ -134,14 +192,18 @@ def _tie_dimensions(specs: Sequence[InputSpec], feeds: Mapping[str, Tensor]) -> 
 
 def _model_kwargs(plain: Any, feeds: Mapping[str, Tensor]) -> dict[str, Any]:
     kwargs: dict[str, Any] = {name: value for name, value in feeds.items() if not name.startswith(PAST)}
-    past = [value for name, value in feeds.items() if name.startswith(PAST)]
+    past: dict[int, dict[str, Tensor]] = {}
+    for name, value in feeds.items():
+        if name.startswith(PAST):
+            layer, _, slot = name.removeprefix(PAST).partition("_")
+            past.setdefault(int(layer), {})[slot] = value
     if past:
         from transformers.cache_utils import DynamicCache
 
-        # Without the configuration every layer grows, sliding ones too: the mask applies the window
-        argument = _cache_argument(plain)
+        argument, cache = _cache_argument(plain), DynamicCache()
         assert argument is not None
-        return kwargs | {argument: DynamicCache(list(zip(past[::2], past[1::2], strict=True))), "use_cache": True}
+        cache.layers = [_layer(past[i]) for i in sorted(past)]
+        return kwargs | {argument: cache, "use_cache": True}
     if "use_cache" in inspect.signature(plain.forward).parameters:
         kwargs["use_cache"] = False
     return kwargs
@@ -156,7 +218,7 @@ def _plain_outputs(out: Any, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
             flat |= {f"{name}_{i}": part for i, part in enumerate(value) if isinstance(part, Tensor)}
         elif hasattr(value, "layers") and any(feed.startswith(PAST) for feed in feeds):
             for i, layer in enumerate(value.layers):
-                flat |= {f"{PRESENT}{i}_keys": layer.keys, f"{PRESENT}{i}_values": layer.values}
+                flat |= {f"{PRESENT}{i}_{slot}": state for slot, state in _slots(layer).items()}
     seen = {id(value) for value in feeds.values()}
     for name, value in flat.items():
         if id(value) in seen:  # one tensor under two names would lose one of them

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ _IMPLEMENTATION = re.compile(r"_?\w*_implementation(?:_internal)?")
 
 @dataclass
 class FolderModel:
-    """A loaded folder. `specs` and `describe` change only when the cache has to be given up at export."""
+    """A loaded folder. `specs` and `describe` change only when the cache has to be given up at export, which fills `notes`."""
 
     path: Path
     module: Any
     specs: list[InputSpec]
     tokenizer: Any | None
     describe: str
+    notes: list[str] = field(default_factory=list)
 
     @property
     def with_past(self) -> bool:
@@ -122,7 +123,7 @@ def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters:
     else:
         specs = model_specs(model, with_cache=False)
         if model.can_generate():
-            notes.append("without a cache (this class keeps none that a graph can pass in and out as plain tensors)")
+            notes.append("without a cache (this class keeps none that a graph can pass in and out as plain tensors and go on from)")
     flatten(model, specs)
     dtype = str(model.dtype).removeprefix("torch.")
     return FolderModel(folder, model, specs, tokenizer, "; ".join([f"{name}, {dtype}", *notes]))
@@ -134,7 +135,7 @@ def export_folder(folder_model: FolderModel, sizes: Mapping[str, int]) -> Export
     model = folder_model.module
     try:
         with transformers_patches(model):
-            return export_module(model, folder_model.specs, hints)
+            return export_module(model, folder_model.specs, hints, folder_model.notes)
     except RewriteError as error:
         if not folder_model.with_past:
             raise
@@ -143,7 +144,7 @@ def export_folder(folder_model: FolderModel, sizes: Mapping[str, int]) -> Export
     folder_model.describe = folder_model.describe.replace("with past keys and values", f"without its cache ({reason})")
     flatten(model, folder_model.specs)
     with transformers_patches(model):
-        return export_module(model, folder_model.specs, {name: size for name, size in hints.items() if name != "past"})
+        return export_module(model, folder_model.specs, {name: n for name, n in hints.items() if name != "past"}, folder_model.notes)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.backends.files.lengths import narrow
 from rewriter.backends.files.sniff import Kind, recognise
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.inputs import InputSpec, fill_sizes, parse_dims, parse_input
 from rewriter.options import Options
+
+AS_TRACED = "use it at such sizes alone, or trace it at another with --dim"
+AGAIN = "give the model's folder or module, whose known recurrences are raised before they are traced"
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,15 @@ def _module(module: torch.nn.Module, kind: str, path: Path | None, options: Opti
         )
     given = parse_dims(options.dims) if options.dims else {}
     sizes = fill_sizes(specs, given)
-    program = export_module(module, specs, given)
-    return _source(_fx(program), kind, path, specs, sizes)
+    notes: list[str] = []
+    program = export_module(module, specs, given, notes)
+    notes += narrow(program, specs, AS_TRACED)
+    return replace(_source(_fx(program), kind, path, specs, sizes), notes=tuple(notes))
 
 
 def _program(program: torch.export.ExportedProgram, kind: str, path: Path | None, options: Options) -> Source:
-    return _known(_fx(program), kind, path, options)
+    source = _known(_fx(program), kind, path, options)
+    return replace(source, notes=(*source.notes, *narrow(program, source.graph.specs(), AGAIN)))
 
 
 def _onnx(model: Any, path: Path | None, options: Options) -> Source:
@@ -159,7 +166,8 @@ def _folder(path: Path, options: Options) -> Source:
     program = export_folder(model, given)
     sizes = fill_sizes(model.specs, given)
     encode = model.encode if model.tokenizer is not None else None
-    return replace(_source(_fx(program), "folder", path, model.specs, sizes, encode), notes=(model.describe,))
+    notes = (model.describe, *model.notes, *narrow(program, model.specs, AS_TRACED))
+    return replace(_source(_fx(program), "folder", path, model.specs, sizes, encode), notes=notes)
 
 
 def _adapter(text: str) -> tuple[str, float]:

@@ -249,8 +249,9 @@ class FxGraph:
         self._settle()
 
     def _says_nothing(self, node: Node) -> bool:
-        """An assertion on the dtype of a stored tensor, which tracing leaves at casts and which would keep the tensor."""
-        return node.target is torch.ops.aten._assert_tensor_metadata.default and self.is_const(node.args[0])  # type: ignore[arg-type]
+        """An assertion on a dtype, which tracing leaves at casts and which would keep a stored tensor, or what nothing else reads."""
+        value = node.args[0] if node.target is torch.ops.aten._assert_tensor_metadata.default else None
+        return isinstance(value, Node) and (self.is_const(value) or all(user.target is node.target for user in value.users))
 
     def run(self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
         try:

@@ -31,6 +31,7 @@ OPERATIONS: dict[str, str] = {
     "aten.add": "add",
     "aten.mul": "mul",
     "aten.sub": "sub",
+    "aten.rsub": "rsub",
     "aten.div": "div",
     "aten.permute": "transpose",
     "aten.transpose": "transpose",
@@ -73,6 +74,7 @@ OPERATIONS: dict[str, str] = {
     "aten.unbind": "unbind",
     "aten.split": "split",
     "aten.chunk": "split",
+    "aten.split_with_sizes": "split",
     "aten.exp": "exp",
     "aten.log": "log",
     "aten.neg": "neg",
@@ -167,11 +169,11 @@ def attributes(node: Node) -> Mapping[str, Any]:
     return {"arguments": tuple(map(str, plain)), **{k: str(v) for k, v in kwargs.items()}, **special}
 
 
-def _scalar(node: Node) -> dict[str, Any]:
-    """The number that stands in place of an operand."""
-    numbers = [a for a in node.args[:3] if isinstance(a, int | float)]
+def _scalars(node: Node) -> dict[str, Any]:
+    """The numbers that stand in place of operands."""
+    numbers = tuple(float(a) if isinstance(a, int | float) else None for a in node.args[:3])
     rounded = {"rounding": node.kwargs["rounding_mode"]} if node.kwargs.get("rounding_mode") else {}
-    return {"alpha": node.kwargs.get("alpha", 1), **({"scalar": float(numbers[0])} if len(numbers) == 1 else {}), **rounded}
+    return {"alpha": node.kwargs.get("alpha", 1), "scalars": numbers, **rounded}
 
 
 def _fill(node: Node) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def _transpose(node: Node) -> dict[str, Any]:
     rank = node.meta["val"].dim()
     axes = list(range(rank))
     if node.target is torch.ops.aten.permute.default:
-        axes = [a % rank for a in node.args[1]]  # type: ignore[operator, union-attr]
+        axes = [a % rank for a in node.args[1]]  # type: ignore[union-attr]
     elif node.target is torch.ops.aten.transpose.int:
         a, b = node.args[1:3]
         axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
@@ -202,7 +204,7 @@ def _attention(node: Node) -> dict[str, Any]:
 
 
 _OPTIONS: dict[str, Callable[[Node], dict[str, Any]]] = {
-    **dict.fromkeys(("add", "sub", "mul", "div", "pow", "where", "masked_fill"), _scalar),
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "pow", "where", "masked_fill"), _scalars),
     "fill": _fill,
     "zeros": lambda node: {"scalar": 0.0},
     "transpose": _transpose,

@@ -138,11 +138,13 @@ def _cold(form: AbstractMatrix, tokens: int) -> Callable[[], object]:
 
 def _sequence(form: AbstractMap, tokens: int) -> Callable[[], object]:
     """A map on one sequence; softmax attention in torch's own kernel, which is what a program has for it."""
-    shapes = ([n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for dims in form.inputs().values())
-    inputs = [torch.randn(shape) / 8 for shape in shapes]
+    shapes = {name: [n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for name, dims in form.inputs().items()}
+    inputs = {name: torch.randn(shape) / 8 for name, shape in shapes.items()}
+    inputs |= {name: inputs[name] > -1 for name in form.booleans()}
     if type(form).__name__ == "Attention":
         own: Any = form
-        query, key, value = inputs[:3]
-        options = {"is_causal": own.causal, "scale": own.scale, "enable_gqa": own.heads != own.shared}
-        return functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **options)
-    return lambda: form.apply(EagerOps(), *inputs)
+        query, key, value, *masks = inputs.values()
+        options = {"is_causal": own.causal and not masks, "scale": own.scale, "enable_gqa": own.heads != own.shared}
+        mask = masks[0] if masks else None
+        return functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, mask, **options)
+    return lambda: form.apply(EagerOps(), *inputs.values())

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from rewriter.backends.files.archive import one_line
-from rewriter.backends.onnx.contrib import DOMAIN as CONTRIB_DOMAIN
+from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import takes
 from rewriter.backends.onnx.opaque import DOMAIN, VERSION, is_opaque, kind, opaque, overload, spec_of

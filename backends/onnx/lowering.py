@@ -21,7 +21,8 @@ _chosen: dict[tuple[str, int, tuple[int, ...], int, bool, int], str] = {}
 def chooser(tokens: Sequence[int], threads: int, contrib: bool = False, opset: int = OPSET) -> Choose:
     """Decides by measurement, once for each spec in a process (and once for each machine, through the timings' cache).
 
-    `contrib`: operators of com.microsoft are allowed. Where they are not, the file is for any runtime: its own operator is taken unmeasured.
+    `contrib`: operators of com.microsoft are allowed. Where they are not, the file is for any runtime, and a standard operator is taken
+    unmeasured.
     """
 
     def choose(spec: str, rank: int) -> str:

@@ -81,7 +81,8 @@ def time_bodies(
 ) -> list[float]:
     """Seconds of (spec, lowering) pairs, interleaved; never stored."""
     copies = [_copies(spec, tokens) for spec, _ in bodies]
-    calls = [_call(spec, lowering, rank, tokens, threads, count, provider, opset) for (spec, lowering), count in zip(bodies, copies, strict=True)]
+    pairs = zip(bodies, copies, strict=True)
+    calls = [_call(spec, lowering, rank, tokens, threads, count, provider, opset) for (spec, lowering), count in pairs]
     timing = interleave(calls, seconds=SECONDS)
     return [timing.seconds(i) / count for i, count in enumerate(copies)]
 

@@ -157,10 +157,8 @@ def _attention(node: ir.Node) -> dict[str, Any]:
     heads = given.get("q_num_heads", given.get("num_heads", 0))
     shared, causal = given.get("kv_num_heads", heads), given.get("is_causal", given.get("unidirectional", 0))
     if node.domain == "com.microsoft":
-        others = [*inputs[3:5], *inputs[6:]]
-        beyond = "" if node.op_type == "MultiHeadAttention" and not any(others) and inputs[2] is not None else "it holds more than attention"
-        causal_from_last = bool(causal)
-        beyond = beyond or ("its causal mask is counted from the last query" if causal_from_last else "")
+        plainly = node.op_type == "MultiHeadAttention" and inputs[2] is not None and not any([*inputs[3:5], *inputs[6:]])
+        beyond = "it holds more than attention" if not plainly else "its causal mask is counted from the last query" if causal else ""
     else:
         windows = [given.get(side, -1) for side in ("left_window_size", "right_window_size")]
         extra = any(inputs[4:]) or any(given.get(name) for name in ("softcap", "qk_matmul_output_mode")) or windows != [-1, -1]
@@ -183,6 +181,7 @@ _OPTIONS: dict[str, Callable[[ir.Node], dict[str, Any]]] = {
     "einsum": lambda node: {"equation": str(plain(node)["equation"])},
     "gather": lambda node: {"axis": int(plain(node).get("axis", 0))},
     "fill": _fill,
+    "zeros": lambda node: {"scalar": 0.0},
     "attention": _attention,
     "softmax": lambda node: {"axis": int(plain(node).get("axis", -1))},
 }

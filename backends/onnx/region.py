@@ -68,11 +68,11 @@ def _hoisted(tape: Tape, port: Port, current: Callable[[ir.Value], ir.Value]) ->
         return known[value]
 
     value = whole(port.value) if port.hoist else current(port.value)
-    if not port.log:
+    if not port.log and not port.negated:
         return value
-    logarithm = tape.op("Log", [value])
-    logarithm.shape, logarithm.type = value.shape, value.type
-    return logarithm
+    changed = tape.op("Log" if port.log else "Not", [value])
+    changed.shape, changed.type = value.shape, value.type
+    return changed
 
 
 def _taken(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
@@ -86,6 +86,8 @@ def _taken(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
         value = tape.op("Reshape", [value, ints(tape, *[0] * (rank - layout.join), -1)])
     if layout.spread:
         value = tape.op("Reshape", [value, ints(tape, *[0] * (rank - layout.join), *layout.spread)])
+    if layout.after:
+        value = tape.op("Transpose", [value], {"perm": list(layout.after)})
     if port.lone:
         value = tape.op("Unsqueeze", [value, ints(tape, 0)])
     value.type = given.type
@@ -96,6 +98,8 @@ def _given(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
     layout, given = port.layout, value
     if port.lone:
         value = tape.op("Squeeze", [value, ints(tape, 0)])
+    if layout.before:
+        value = tape.op("Transpose", [value], {"perm": list(layout.before)})
     if layout.join == 0:
         value = tape.op("Squeeze", [value, ints(tape, -1)])
     if layout.spread or layout.join > 1:

@@ -15,7 +15,7 @@ import torch
 from onnx_ir.tape import Tape
 from torch import Tensor
 
-from rewriter.backends.onnx.contrib import DOMAIN as CONTRIB_DOMAIN
+from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import lower, own_lowerings
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload

@@ -51,7 +51,8 @@ class Frame:
     def reshaped(self, axes: Axes, sizes: Sequence[Size]) -> Axes | None:
         """The same numbers in axes of these sizes, atoms cut where that takes it; None where it cannot be told.
 
-        Numbers are matched from the right, names from the left; what is left between is joined, cut or paired.
+        Matched from the right, then names from the left; what is left between is joined or cut. Names that differ may mean the same, as
+        inference makes new ones: they are paired where there are as many on both sides.
         """
         atoms = [a for group in self.axes(axes) for a in group]
         made: list[list[Atom]] = [[] for _ in sizes]
@@ -59,7 +60,7 @@ class Frame:
         while atoms and left:
             (i, n), atom = left[-1], atoms[-1]
             m = atom.size
-            if n == m:
+            if n == m or _alike([a.size for a in atoms], [size for _, size in left]):
                 left.pop()
             elif not isinstance(n, int) or not isinstance(m, int):
                 break
@@ -81,12 +82,15 @@ class Frame:
         elif len(atoms) == 1 and left:
             for (i, _), part in zip(left, self.cut(atoms[0], [n for _, n in left]), strict=True):
                 made[i].insert(0, part)
-        elif len(atoms) == len(left):
-            for (i, _), atom in zip(left, atoms, strict=True):
-                made[i].insert(0, atom)
-        else:
+        elif atoms or left:
             return None
         return tuple(map(tuple, made))
+
+
+def _alike(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether both end in a name, of as many."""
+    names = [[n for n in side if isinstance(n, str)] for side in (a, b)]
+    return isinstance(a[-1], str) and isinstance(b[-1], str) and len(names[0]) == len(names[1])
 
 
 _SAME = ("cast", "identity")
@@ -95,8 +99,8 @@ _RESHAPED = ("reshape", "unsqueeze", "squeeze")
 _REPEATED = ("expand", "repeat", "repeat_interleave", "concat")
 
 
-def before(graph: Graph, frame: Frame, node: Node, axes: Axes, repeats: bool = False) -> tuple[Value, Axes] | None:
-    """The value that a node only lays out anew, and its axes, from those of the result; with `repeats` also one that it repeats."""
+def before(graph: Graph, frame: Frame, node: Node, axes: Axes) -> tuple[Value, Axes] | None:
+    """The value that a node only lays out anew or repeats, and its axes, from those of the result."""
     op = graph.op(node)
     inputs = [v for v in graph.inputs(node) if v is not None]
     if not inputs:
@@ -113,7 +117,7 @@ def before(graph: Graph, frame: Frame, node: Node, axes: Axes, repeats: bool = F
     if op in _RESHAPED:
         found = frame.reshaped(axes, have)
         return None if found is None else (x, found)
-    if op in _REPEATED and repeats and all(v is x for v in inputs if op == "concat"):
+    if op in _REPEATED and all(v is x for v in inputs if op == "concat"):
         found = _unrepeated(frame, op, axes, have, made)
         return None if found is None else (x, found)
     return None
@@ -123,7 +127,7 @@ def _unrepeated(frame: Frame, op: str, axes: Axes, have: Sequence[Size], made: S
     """An axis that was repeated lacks the atom of the copies: the outer one of whole copies, the inner one of each entry's."""
     found = []
     for group, n, m in zip(axes[len(axes) - len(have) :], have, made[len(made) - len(have) :], strict=True):
-        if n == m:
+        if n == m or (isinstance(n, str) and isinstance(m, str)):
             found.append(group)
         elif n == 1:
             found.append(())
@@ -169,8 +173,6 @@ def layout(have: Axes, want: Axes) -> Layout | None:
     rest.sort(key=targets.__getitem__)
     order = [targets[i] for i in rest] + empty + [home[run[0]] for run in runs]
     spread = [1] * len(empty) + [_size(run) for run in runs]
-    if not last:
-        spread, order = [1] * len(empty), order
     return _layout(have, want, rest, last, spread if len(spread) != 1 else [], order)
 
 
@@ -192,7 +194,9 @@ def _last(have: Axes, want: Axes, home: dict[Atom, int]) -> list[int] | None:
 
 
 def _size(run: Group) -> int:
-    return prod(a.size for a in run) if all(isinstance(a.size, int) for a in run) else -1  # type: ignore[misc]
+    """-1 where it varies."""
+    sizes = [a.size for a in run if isinstance(a.size, int)]
+    return prod(sizes) if len(sizes) == len(run) else -1
 
 
 def _layout(have: Axes, want: Axes, rest: list[int], last: list[int], spread: list[int], order: list[int]) -> Layout | None:

@@ -34,7 +34,7 @@ def read_gated(step: Step, rng: torch.Generator) -> Reading | NoMatch:
                 found = _match(step, decay, drive_root, query, lone)
                 if found is not None:
                     return found
-    return NoMatch("a diagonal recurrence that is read before its step, or whose decay or drive the loop computes; compute them ahead of it")
+    return NoMatch("a diagonal recurrence that is read before its step, or whose decay or drive the loop computes; compute those ahead")
 
 
 def _match(step: Step, decay: Value, drive: Value, query: list[Value], lone: bool) -> Reading | NoMatch | None:

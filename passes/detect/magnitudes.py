@@ -13,6 +13,7 @@ from rewriter.graph import Graph, Node, Value
 
 MANY = 64  # nodes behind one number
 DEEP = 200  # nodes behind a mask
+_CHANCE = ("rand", "bernoulli", "multinomial", "normal")  # in the names of operations that give another result each time
 
 
 def sources(graph: Graph, wanted: Value, known: Sequence[Value], many: int = 100_000) -> list[Value] | None:
@@ -30,7 +31,7 @@ def sources(graph: Graph, wanted: Value, known: Sequence[Value], many: int = 100
             continue
         seen.add(id(value))
         node = graph.producer(value)
-        if node is None or len(seen) > many:
+        if node is None or len(seen) > many or any(word in graph.op(node).lower() for word in _CHANCE):
             return None
         operands = [v for v in graph.inputs(node) if v is not None]
         if graph.op(node) == "shape" and not _computed(graph, operands[0], names):
@@ -61,73 +62,93 @@ def sized(graph: Graph, value: Value, sizes: Mapping[str, int], other: int) -> T
     return torch.zeros(shape, dtype=graph.dtype(value) or torch.float32)
 
 
-def number(graph: Graph, value: Value | None, scalar: float | None = None) -> float | None:
-    """What every entry of the value is, where that does not depend on the model's input; `scalar` stands for no value."""
-    if value is None:
-        return scalar
-    if graph.is_const(value):
-        tensor = graph.const(value)
-    else:
-        tensor = _evaluated(graph, value)
-    if tensor is None or not tensor.numel() or tensor.dtype == torch.bool or not bool((tensor == tensor.reshape(-1)[0]).all()):
+def operand(graph: Graph, node: Node, which: int) -> float | None:
+    """What one operand of an elementwise operation is, where that is one number."""
+    value = [*graph.inputs(node), None, None, None][which]
+    return number(graph, value) if value is not None else [*graph.attributes(node).get("scalars", ()), None, None, None][which]
+
+
+def number(graph: Graph, value: Value) -> float | None:
+    """What every entry of the value is, where that does not depend on the model's input."""
+    node = graph.producer(value)
+    if node is not None and graph.op(node) in ("fill", "zeros"):
+        filled: float | None = graph.attributes(node).get("scalar")
+        return filled
+    found = fixed(graph, value, MANY)
+    if not found or any(not t.numel() or t.dtype == torch.bool for t in found):
         return None
-    return float(tensor.reshape(-1)[0])
+    first = found[0].reshape(-1)[0]
+    return float(first) if all(bool((t == first).all()) for t in found) else None
 
 
-def _evaluated(graph: Graph, value: Value) -> Tensor | None:
-    """Computed from shapes alone, for two choices of the sizes that vary."""
-    behind = sources(graph, value, (), MANY)
+def fixed(graph: Graph, value: Value, many: int = 100_000) -> list[Tensor]:
+    """The value, where it depends on stored tensors and on sizes alone, for several choices of the sizes; [] where on more."""
+    stored = graph.const(value)
+    if stored is not None:
+        return [stored]
+    behind = sources(graph, value, (), many)
     if behind is None:
-        return None
+        return []
+    names = dict.fromkeys(n for v in behind for n in graph.shape(v) or () if isinstance(n, str))
+    choices = [{n: (2, 5, 3)[(i + k) % 3] for i, n in enumerate(names)} for k in range(3)] if names else [{}]
     try:
-        first, second = ((graph.compute([value], {v: sized(graph, v, {}, n).double() for v in behind})[0]) for n in (2, 3))
+        found = [graph.compute([value], {v: sized(graph, v, sizes, 2).double() for v in behind})[0] for sizes in choices]
     except RewriteError:
-        return None
-    same = isinstance(first, Tensor) and first.numel() and second.numel() and bool(first.reshape(-1)[0] == second.reshape(-1)[0])
-    return first if same and bool((second == second.reshape(-1)[0]).all()) else None
+        return []
+    return found if all(isinstance(t, Tensor) for t in found) else []
 
 
-_KEEP = {
-    "cast", "identity", "reshape", "transpose", "expand", "unsqueeze", "squeeze", "slice", "gather", "embedding", "select", "concat", "split",
-    "getitem", "neg", "abs", "relu", "repeat", "repeat_interleave", "stack", "where", "masked_fill", "fill", "unbind",
+_FIRST = {
+    "cast", "reshape", "transpose", "expand", "unsqueeze", "squeeze", "slice", "gather", "embedding", "split", "repeat", "identity",
+    "select", "repeat_interleave", "getitem", "neg", "abs", "relu", "unbind",
 }  # fmt: skip
+_ANY = {"concat", "stack", "where", "masked_fill"}
 
 
-def bound(graph: Graph, value: Value, depth: int = DEEP) -> float:
+def fits(most: float, dtype: torch.dtype) -> bool:
+    """Whether a number is rounded to a finite one."""
+    return most < torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4)
+
+
+def bound(graph: Graph, value: Value, depth: int = DEEP, known: dict[int, float] | None = None) -> float:
     """An upper bound of |entries|; inf where none is known."""
-    dtype = graph.dtype(value)
+    known = {} if known is None else known
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until it is computed
+        known[id(value)] = _of_value(graph, value, depth, known)
+    return known[id(value)]
+
+
+def _of_value(graph: Graph, value: Value, depth: int, known: dict[int, float]) -> float:
+    dtype, node = graph.dtype(value), graph.producer(value)
     if dtype == torch.bool:
         return 1.0
-    node = graph.producer(value)
     if graph.is_const(value):
         tensor = graph.const(value)
-        most = float(tensor.double().abs().max()) if tensor is not None and tensor.numel() else 0.0
+        most = float(tensor.abs().max()) if tensor is not None and tensor.numel() else 0.0
         return most if most == most else math.inf
     if node is None or dtype is None or not dtype.is_floating_point or depth == 0:
         return math.inf
-    most = _bound(graph, node, depth - 1)
-    return most if most <= torch.finfo(dtype).max else math.inf
+    most = _of_node(graph, node, depth - 1, known)
+    return most if fits(most, dtype) else math.inf  # what overflows on the way is infinite for good
 
 
-def _bound(graph: Graph, node: Node, depth: int) -> float:
-    op, given = graph.op(node), graph.attributes(node)
-    operands = list(graph.inputs(node))
+def _of_node(graph: Graph, node: Node, depth: int, known: dict[int, float]) -> float:
+    op, given, operands = graph.op(node), graph.attributes(node), list(graph.inputs(node))
     if op in ("softmax", "sigmoid", "tanh"):
         return 1.0
-    if op in ("gather", "embedding"):
-        operands = operands[:1]
+    if op in ("fill", "zeros"):
+        return abs(float(given.get("scalar", math.inf)))
     if op in ("where", "masked_fill"):
         operands.pop(0 if op == "where" else 1)
-    if op in ("reshape", "expand", "slice", "transpose", "split", "repeat", "unsqueeze", "squeeze", "repeat_interleave", "cast"):
-        operands = operands[:1]
-    parts = [bound(graph, v, depth) for v in operands if v is not None]
-    parts += [abs(given["scalar"])] if "scalar" in given else []
-    if op in _KEEP:
+    parts = [bound(graph, v, depth, known) for v in operands[: 1 if op in _FIRST else None] if v is not None]
+    parts += [abs(n) for n in given.get("scalars", ()) if n is not None]
+    if op in _FIRST | _ANY:
         return max(parts, default=math.inf)
-    if op in ("add", "sub") and given.get("alpha", 1) in (1, -1):
+    if op in ("add", "sub", "rsub") and given.get("alpha", 1) == 1:
         return sum(parts)
     if op == "mul":
         return math.prod(parts) if 0 not in parts else 0.0
-    if op == "div" and (by := number(graph, operands[1], given.get("scalar"))):
-        return bound(graph, operands[0], depth) / abs(by) if operands[0] is not None else math.inf
+    if op == "div" and operands[0] is not None and (by := operand(graph, node, 1)):
+        return parts[0] / abs(by)
     return math.inf

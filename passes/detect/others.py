@@ -1,4 +1,4 @@
-"""Attention and adapters: listed by kind, so that nothing in a model goes unsaid, even where no pass takes them yet."""
+"""Adapters: listed, so that nothing in a model goes unsaid, even where no pass takes them yet."""
 
 from __future__ import annotations
 
@@ -9,66 +9,17 @@ from rewriter.passes.detect.linear import unique
 from rewriter.passes.detect.spellings import Spelling, read
 
 NO_PASS = "no pass for it yet"
-_THROUGH = {"cast", "identity", "reshape", "expand", "mul", "div", "add", "slice", "getitem", "transpose", "unsqueeze", "squeeze"}
 
 
 def detect(graph: Graph) -> Iterator[Site]:
-    """Attention nodes, softmax between two products, and low-rank branches beside a linear."""
+    """Low-rank branches beside a linear."""
     taken: set[str] = set()
     for node in graph.nodes():
-        kind = _kind(graph, node)
-        if kind:
-            scope = graph.scope(node) or graph.name(graph.outputs(node)[0])
-            name = unique(f"{scope} ({kind})", taken)
-            x = next((v for v in graph.inputs(node) if v is not None), None)
+        if graph.op(node) == "add" and _is_adapter(graph, node):
             y = graph.outputs(node)[0]
-            yield Site(name, name, kind, None, graph.dtype(y), (Place((node,), x, y),), reason=NO_PASS)
-
-
-def _kind(graph: Graph, node: Node) -> str:
-    op = graph.op(node)
-    if op == "attention" or (op == "softmax" and _between_products(graph, node)):
-        return "attention"
-    if op == "add" and _is_adapter(graph, node):
-        return "adapter"
-    return ""
-
-
-def _between_products(graph: Graph, softmax: Node) -> bool:
-    """softmax(… a @ b …) whose result is multiplied with a third value that varies."""
-    ahead = _forward(graph, graph.outputs(softmax)[0], 4)
-    behind = _back(graph, graph.inputs(softmax)[0], 6)
-    return ahead is not None and behind is not None
-
-
-def _product_of_two(graph: Graph, node: Node | None) -> bool:
-    if node is None or graph.op(node) not in ("matmul", "einsum"):
-        return False
-    return read(graph, node) is None and all(v is not None and not graph.is_const(v) for v in graph.inputs(node)[:2])
-
-
-def _forward(graph: Graph, value: Value, depth: int) -> Node | None:
-    for user in graph.users(value):
-        if _product_of_two(graph, user):
-            return user
-        if depth and graph.op(user) in _THROUGH:
-            found = _forward(graph, graph.outputs(user)[0], depth - 1)
-            if found is not None:
-                return found
-    return None
-
-
-def _back(graph: Graph, value: Value | None, depth: int) -> Node | None:
-    node = graph.producer(value) if value is not None else None
-    if _product_of_two(graph, node):
-        return node
-    if node is None or not depth or graph.op(node) not in _THROUGH | {"where"}:
-        return None
-    for operand in graph.inputs(node):
-        found = _back(graph, operand, depth - 1) if operand is not None else None
-        if found is not None:
-            return found
-    return None
+            name = unique(f"{graph.scope(node) or graph.name(y)} (adapter)", taken)
+            x = next((v for v in graph.inputs(node) if v is not None), None)
+            yield Site(name, name, "adapter", None, graph.dtype(y), (Place((node,), x, y),), reason=NO_PASS)
 
 
 def _is_adapter(graph: Graph, node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Every spelling of a product of two values that vary, by letters: matmul, einsum, linear, addmm, Gemm, FusedMatMul."""
+"""Every spelling of a product of two values that vary, by letters: matmul, einsum, linear, addmm, Gemm."""
 
 from __future__ import annotations
 
@@ -51,20 +51,29 @@ def _of(group: Group, size: int | str) -> Group:
     return () if size == 1 else group
 
 
-def product(graph: Graph, node: Node | None) -> Product | None:
-    """The node as such a product, None where it is none or one with a stored matrix."""
+def is_product(graph: Graph, node: Node | None) -> bool:
+    """Whether two values that vary are multiplied, of whatever shapes."""
     op = "" if node is None else graph.op(node)
     if node is None or op not in _READERS or read(graph, node) is not None:
-        return None
+        return False
+    pair = _pair(graph, node)
+    return len(pair) == 2 and all(v is not None and not graph.is_const(v) for v in pair)
+
+
+def _pair(graph: Graph, node: Node) -> list[Value | None]:
     inputs = list(graph.inputs(node))
-    pair = inputs[1:3] if op == "addmm" else inputs[:2]
-    if len(pair) < 2 or any(v is None or graph.is_const(v) or not graph.shape(v) for v in pair):
+    return inputs[1:3] if graph.op(node) == "addmm" else inputs[:2]
+
+
+def product(graph: Graph, node: Node | None) -> Product | None:
+    """The node as such a product, None where it is none, or its shapes are unknown."""
+    if node is None or not is_product(graph, node) or not all(graph.shape(v) for v in _pair(graph, node)):
         return None
-    found: Product | None = _READERS[op](graph, node, inputs)
+    found: Product | None = _READERS[graph.op(node)](graph, node, list(graph.inputs(node)))
     return found
 
 
-def _matmul(graph: Graph, node: Node, inputs: list[Any], scale: float = 1.0, flips: tuple[bool, bool] = (False, False)) -> Product | None:
+def _matmul(graph: Graph, node: Node, inputs: list[Any], flips: tuple[bool, bool] = (False, False)) -> Product | None:
     a, b = inputs[:2]
     ranks = len(graph.shape(a) or ()), len(graph.shape(b) or ())
     if min(ranks) < 2:
@@ -72,21 +81,13 @@ def _matmul(graph: Graph, node: Node, inputs: list[Any], scale: float = 1.0, fli
     batch = ascii_letters[: max(ranks) - 2]
     left, right = ("xy" if not flips[0] else "yx"), ("yz" if not flips[1] else "zy")
     terms = (batch[len(batch) - ranks[0] + 2 :] + left, batch[len(batch) - ranks[1] + 2 :] + right)
-    return Product(node, (a, b), terms, f"{batch}xz", scale)
+    return Product(node, (a, b), terms, f"{batch}xz")
 
 
 def _linear(graph: Graph, node: Node, inputs: list[Any]) -> Product | None:
     if len(inputs) > 2 and inputs[2] is not None:
         return None
     return _matmul(graph, node, inputs, flips=(False, True))
-
-
-def _fused(graph: Graph, node: Node, inputs: list[Any]) -> Product | None:
-    """com.microsoft's product with transposed operands."""
-    given = graph.attributes(node)
-    if given.get("transBatchA") or given.get("transBatchB"):
-        return None
-    return _matmul(graph, node, inputs, float(given.get("alpha", 1.0)), (bool(given.get("transA")), bool(given.get("transB"))))
 
 
 def _added(graph: Graph, node: Node, c: Value | None, plain: Product | None) -> Product | None:
@@ -119,7 +120,7 @@ def _einsum(graph: Graph, node: Node, inputs: list[Any]) -> Product | None:
 _READERS: dict[str, Any] = {
     "matmul": _matmul,
     "linear": _linear,
-    "com.microsoft.FusedMatMul": _fused,
+    "com.microsoft.FusedMatMul": lambda graph, node, inputs: None,  # nothing here computes it
     "addmm": _addmm,
     "gemm": _gemm,
     "einsum": _einsum,

@@ -25,13 +25,14 @@ READ = "raise-recurrence makes it one node"
 def detect(graph: Graph) -> Iterator[Site]:
     """Every recurrence, read or not."""
     taken: set[str] = set()
+    listed: set[str] = set()  # stored matrices
     for node in graph.nodes():
         op = graph.op(node)
         if op in LAYERS:
             linear = read_identity_rnn(graph, node) if op == "rnn" else None
             reason = f"{LAYERS[op]}: non-linear in its state, kept as the one operator that it is"
             yield _listed(graph, (node,), reason, taken) if linear is None else _found(graph, linear, (node,), taken)
-            yield from matrices(graph, node, taken)
+            yield from matrices(graph, node, listed)
         elif op in ("scan", "loop"):
             loop = graph.loop(node)
             yield _listed(graph, (node,), loop, taken) if isinstance(loop, str) else _site(graph, loop, taken)

@@ -8,7 +8,6 @@ import torch
 
 from rewriter.algebra import Dense
 from rewriter.graph import Graph, Layout, Node, Place, Port, Region, Site, WeightRef
-from rewriter.passes.detect.linear import unique
 from rewriter.passes.detect.reading import Reading
 from rewriter.passes.detect.vector_state import describe
 from rewriter.passes.structures.linear_system import LinearSystem
@@ -16,19 +15,21 @@ from rewriter.passes.structures.linear_system import LinearSystem
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "lstm_cell": "LSTM cell", "gru_cell": "GRU cell", "rnn_cell": "RNN cell"}
 
 
-def matrices(graph: Graph, node: Node, taken: set[str]) -> Iterator[Site]:
-    """One site for each matrix of a layer, with its cost and why it stays."""
+def matrices(graph: Graph, node: Node, listed: set[str]) -> Iterator[Site]:
+    """One site for each matrix of a layer, with its cost and why it stays; a cell that is called again has listed its own."""
     y = graph.outputs(node)[0]
     for value in graph.inputs(node):
         tensor = graph.const(value) if value is not None and graph.is_const(value) else None
         if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or min(tensor.shape[-2:]) < 2:
             continue
         stored = graph.stored_name(value)
+        if stored in listed:
+            continue
+        listed.add(stored)
         shape = (tensor.numel() // tensor.shape[-1], tensor.shape[-1])
         reason = f"inside {LAYERS[graph.op(node)]}, an operator that takes its matrices dense"
         ref = WeightRef(stored, value)
-        name = unique(stored, taken)
-        yield Site(name, name, "linear", shape, tensor.dtype, (Place((node,), value, y),), {"weight": ref}, None, reason)
+        yield Site(stored, stored, "linear", shape, tensor.dtype, (Place((node,), value, y),), {"weight": ref}, None, reason)
 
 
 def read_identity_rnn(graph: Graph, node: Node) -> Reading | None:

@@ -1,4 +1,4 @@
-"""Attention, recurrences and adapters are listed, once each, and nothing else is taken for one."""
+"""Recurrences and adapters are listed, once each, and nothing else is taken for one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.passes.detect.others import NO_PASS
-from tests.fx.models import BATCH, Net, Together, graph, normal, sites
+from tests.fx.models import BATCH, Net, graph, normal, sites
 
 X = normal(BATCH, 5, 8)
 
@@ -20,40 +19,6 @@ def kinds(function: Any, **parts: Any) -> list[str]:
     found = [s for s in sites(g) if s.kind != "linear"]
     assert all(s.reason == NO_PASS and s.shape is None and s.places for s in found)
     return [s.kind for s in found]
-
-
-def masked(scores: Tensor) -> Tensor:
-    hidden = torch.ones(5, 5).triu(1).bool()
-    return scores.masked_fill(hidden, float("-inf"))
-
-
-ATTENTION: dict[str, Any] = {
-    "scaled_dot_product_attention": lambda s, x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True),
-    "plain": lambda s, x: (x @ x.mT).softmax(-1) @ x,
-    "scaled after": lambda s, x: (x @ x.mT / 8**0.5).softmax(-1) @ x,
-    "scaled by mul": lambda s, x: (x @ x.mT * 8**-0.5).softmax(-1) @ x,
-    "scaled before": lambda s, x: ((x * 0.5) @ x.mT).softmax(-1) @ x,
-    "mask added": lambda s, x: (x @ x.mT / 2 + torch.zeros(5, 5)).softmax(-1) @ x,
-    "mask filled": lambda s, x: masked(x @ x.mT).softmax(-1) @ x,
-    "mask by where": lambda s, x: torch.where(torch.ones(5, 5).tril().bool(), x @ x.mT, -1e9).softmax(-1) @ x,
-    "dropout": lambda s, x: F.dropout((x @ x.mT).softmax(-1), 0.1, s.training) @ x,
-    "einsum": lambda s, x: torch.einsum("bst,btd->bsd", torch.einsum("bsd,btd->bst", x, x).softmax(-1), x),
-    "bmm": lambda s, x: torch.bmm(torch.softmax(torch.bmm(x, x.transpose(1, 2)), -1), x),
-    "cast to float": lambda s, x: (x @ x.mT).double().softmax(-1).float() @ x,
-    "heads": lambda s, x: (x.view(-1, 5, 2, 4).transpose(1, 2) @ x.view(-1, 5, 2, 4).permute(0, 2, 3, 1)).softmax(-1)
-    @ x.view(-1, 5, 2, 4).transpose(1, 2),
-}
-
-
-def test_attention() -> None:
-    """One for each form, and each at its own output."""
-    g = graph(Together(Net(function) for function in ATTENTION.values()), X)
-    found = [s for s in sites(g) if s.kind != "linear"]
-    assert all(s.reason == NO_PASS and s.shape is None and s.places for s in found)
-    scopes = [g.scope(s.places[0].nodes[0]) for s in found if s.kind == "attention"]
-    missed = [name for i, name in enumerate(ATTENTION) if scopes.count(f"nets.{i}") != 1]
-    assert missed == []
-    assert len(found) == len(ATTENTION)
 
 
 NONE: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -101,8 +66,11 @@ def test_recurrence(name: str) -> None:
     function, module, count = RECURRENT[name]
     g = graph(Net(function, l=module), X)
     found = sites(g)
-    assert [(s.kind, s.reason) for s in found] == [("recurrence", NO_PASS)] * count
-    assert [s.name for s in found] == ["l (recurrence)", "l (recurrence)[2]"][:count]
+    loops, inside = ([s for s in found if s.kind == kind] for kind in ("recurrence", "linear"))
+    assert all("non-linear in its state" in s.reason for s in loops)
+    assert [s.name for s in loops] == ["l (recurrence)", "l (recurrence)[2]"][:count]
+    assert {s.name for s in inside} == {f"l.{name}" for name, p in module.named_parameters() if p.dim() == 2}
+    assert len(loops) + len(inside) == len(found)
 
 
 class Block(nn.Module):

@@ -133,7 +133,7 @@ def test_shift_and_bias_become_one_constant() -> None:
     shift = torch.arange(8.0)
     g.splice(site, equal_form(g.const(node.inputs[1]).T), shift)
     g.prune()
-    assert [g.op(n) for n in g.nodes()] == ["structured", "add", "Relu", "matmul", "add"]
+    assert [g.op(n) for n in g.nodes()] == ["structured", "add", "relu", "matmul", "add"]
     close(
         g.const(g.model.graph.initializers["w1.bias"]),
         torch.from_numpy(model(MLP, 18, MLP_WEIGHTS).graph.initializers["b1"].const_value.numpy()) + shift,
