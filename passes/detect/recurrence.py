@@ -13,6 +13,7 @@ from rewriter.passes.detect.linear import unique
 from rewriter.passes.detect.matrix_state import describe, read_matrix_state
 from rewriter.passes.detect.reading import Reading
 from rewriter.passes.detect.recurrent_layer import LAYERS, matrices, read_identity_rnn
+from rewriter.passes.detect.recurrent_node import read_linear_attention
 from rewriter.passes.detect.step import Step, close, step_of
 from rewriter.passes.detect.unrolled import unrolled
 from rewriter.passes.detect.vector_state import read_time_invariant
@@ -36,6 +37,9 @@ def detect(graph: Graph) -> Iterator[Site]:
         elif op in ("scan", "loop"):
             loop = graph.loop(node)
             yield _listed(graph, (node,), loop, taken) if isinstance(loop, str) else _site(graph, loop, taken)
+        elif op == "linear_attention":
+            named = read_linear_attention(graph, node)
+            yield _listed(graph, (node,), named.reason, taken) if isinstance(named, NoMatch) else _found(graph, named, (node,), taken)
         elif op == "structured" and isinstance(operator := graph.operator(node), AbstractRecurrence):
             yield _raised(graph, node, operator, taken)
     for loop in unrolled(graph):

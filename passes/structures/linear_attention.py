@@ -5,8 +5,8 @@ factor, DeltaProduct at more (Siems et al. 2025, arXiv:2502.10297); with rule "p
 Mamba-2 (k = B, q = C, v = dt x, g = dt A). Decay is in log space, per head or per entry of the key.
 
 The chunked form is the WY one (Yang et al. 2024, arXiv:2406.06484): within a chunk, G the running sum of g, D_ij = e^{G_i - G_j}, i >= j,
-T = (I + strict_lower((beta K) K^T o D))^{-1}, V' = T (beta V) - T (beta K e^G) S, o = (Q e^G) S + (Q K^T o D) V', and across chunks
-S' = e^{G_C} S + (K e^{G_C - G})^T V'.
+T = (I + strict_lower((beta K) K^T o D))^{-1}, V' = T (beta V) - T (beta K e^G) S, o = e^G (Q S) + (Q K^T o D) V', and across chunks
+S' = e^{G_C} S + K^T (e^{G_C - G} V').
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from rewriter.operator import AbstractRecurrence, Dims
 from rewriter.ops import AnySequenceOps
 
-CHUNK = 64  # sub-steps; the inverse costs the cube of it
+CHUNK = 32  # sub-steps; the inverse costs the cube of it, and the scan across chunks runs the less often
 NEVER = -1e30  # whose exponential is 0, whatever is added to it
 
 
@@ -81,12 +81,12 @@ class LinearAttention(AbstractRecurrence):
         values = self._pieces(ops, x["value"], self.heads * self.width)
         betas = self._pieces(ops, x["beta"], self.heads) if self.rule == "delta" else [None] * self.factors
         for k, v, beta in zip(keys, values, betas, strict=True):
-            row = ops.unfold(self._shared(ops, k, self.keys), self.heads, 1, self.key)
+            row = ops.unfold(self._shared(ops, k, self.keys), self._apart(self.keys), 1, self.key)
             v = ops.unfold(v, self.heads, 1, self.width)
             if self.rule == "delta":
                 v = ops.mul(ops.sub(v, ops.contract(row, state)), ops.unfold(beta, self.heads, 1, 1))
             state = ops.add(state, ops.contract(ops.swap(row), v))
-        query = ops.unfold(self._scaled(ops, x["query"]), self.heads, self.group, self.key)
+        query = ops.unfold(self._scaled(ops, x["query"]), self._apart(self.queries), self.group, self.key)
         return [state], [ops.fold(ops.contract(query, state), 3)]
 
     def _pieces(self, ops: AnySequenceOps, x: Any, width: int) -> Sequence[Any]:
@@ -94,11 +94,15 @@ class LinearAttention(AbstractRecurrence):
         return [x] if self.factors == 1 else ops.split(x, [width] * self.factors)
 
     def _shared(self, ops: AnySequenceOps, x: Any, have: int) -> Any:
-        """(..., have*key) -> (..., heads*key) where neighbours share."""
-        if have >= self.heads:
+        """(..., have*key) -> (..., heads*key) where neighbours share; one that all share is broadcast."""
+        if have >= self.heads or have == 1:
             return x
         ones = ops.literal(torch.ones(self.heads // have, 1), x)
         return ops.fold(ops.mul(ops.unfold(x, have, 1, self.key), ones), 3)
+
+    def _apart(self, have: int) -> int:
+        """The heads that `_shared` leaves."""
+        return 1 if have == 1 else self.heads
 
     def _scaled(self, ops: AnySequenceOps, query: Any) -> Any:
         if self.scale != 1.0:
@@ -110,41 +114,38 @@ class LinearAttention(AbstractRecurrence):
         size = max(1, CHUNK // self.factors)
         keys = [self._shared(ops, k, self.keys) for k in self._pieces(ops, x["key"], self.keys * self.key)]
         key = keys[0] if self.factors == 1 else ops.concat(keys)
-        q = self._rows(ops, self._scaled(ops, x["query"]), size, self.group, self.key, major=False)
-        k = self._rows(ops, key, size, self.factors, self.key)
-        v = self._rows(ops, x["value"], size, self.factors, self.width)
+        q = self._rows(ops, self._scaled(ops, x["query"]), size, self._apart(self.queries), self.group, self.key, major=False)
+        k = self._rows(ops, key, size, self._apart(self.keys), self.factors, self.key)
+        v = self._rows(ops, x["value"], size, self.heads, self.factors, self.width)
         token = torch.arange(size)
         sees = token.repeat_interleave(self.group)[:, None] >= token.repeat_interleave(self.factors)
         decay = self._decay(ops, x["decay"], size) if self.decay else None
-        attention = self._masked(ops, ops.contract(q, ops.swap(k)), sees, decay[:2] if decay else None)
-        if self.rule == "delta":
-            beta = self._rows(ops, x["beta"], size, self.factors, 1)
-            v, w = self._wy(ops, k, v, beta, decay)
-        forward = k
+        rows = {"query": q, "key": ops.swap(k), "attention": self._masked(ops, ops.contract(q, ops.swap(k)), sees, decay and decay[:2])}
         if decay:
-            q, forward = ops.mul(q, ops.exp(decay[0])), ops.mul(k, ops.exp(ops.sub(decay[2], decay[1])))
-        forward = ops.swap(forward)
-        move = ops.literal(torch.eye(self.key), k)
-        if decay:
-            move = ops.mul(move, ops.exp(decay[2]))
+            at_query, at_key, end = decay
+            rows |= {"since": ops.exp(at_query), "until": ops.exp(ops.sub(end, at_key)), "all": ops.exp(end)}
         if self.rule == "delta":
-            q, move = ops.sub(q, ops.contract(attention, w)), ops.sub(move, ops.contract(forward, w))
-        shift = ops.contract(forward, v)
-        moves = [move] if decay or self.rule == "delta" else []
+            beta = self._rows(ops, x["beta"], size, self.heads, self.factors, 1)
+            v, rows["erase"] = self._wy(ops, k, v, beta, decay and decay[1])
+        rows["write"] = v
 
-        def chunk(carry: Sequence[Any], row: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-            (s,) = carry
-            return [ops.add(ops.contract(row[1], s) if moves else s, row[0])], [s]
+        def chunk(carry: Sequence[Any], given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+            (s,), row = carry, dict(zip(rows, given, strict=True))
+            write = ops.sub(row["write"], ops.contract(row["erase"], s)) if "erase" in row else row["write"]
+            read, inside = ops.contract(row["query"], s), ops.contract(row["attention"], write)
+            if decay:
+                read, write, s = ops.mul(read, row["since"]), ops.mul(write, row["until"]), ops.mul(s, row["all"])
+            return [ops.add(s, ops.contract(row["key"], write))], [ops.add(read, inside)]
 
-        last, (before,) = ops.recurrence(chunk, [state], [shift, *moves])
-        out = ops.add(ops.contract(q, before), ops.contract(attention, v))  # (batch, chunks, heads, size*group, width)
+        last, (out,) = ops.recurrence(chunk, [state], list(rows.values()))  # (batch, chunks, heads, size*group, width)
         out = ops.swap(ops.unfold(ops.fold(out), size, self.group, self.width), -4, -3)
         return last, [ops.joined(ops.fold(out, 3), x["query"], 1)]
 
-    def _rows(self, ops: AnySequenceOps, x: Any, size: int, inner: int, width: int, major: bool = True) -> Any:
+    @staticmethod
+    def _rows(ops: AnySequenceOps, x: Any, size: int, heads: int, inner: int, width: int, major: bool = True) -> Any:
         """(batch, time, inner*heads*width), or heads*inner*width, -> (batch, chunks, heads, size*inner, width)."""
         x = ops.chunks(x, size, 1)
-        x = ops.swap(ops.unfold(x, inner, self.heads, width), -3, -2) if major else ops.unfold(x, self.heads, inner, width)
+        x = ops.swap(ops.unfold(x, inner, heads, width), -3, -2) if major else ops.unfold(x, heads, inner, width)
         return ops.unfold(ops.fold(ops.swap(x, -4, -3), 3), size * inner, width)
 
     def _decay(self, ops: AnySequenceOps, g: Any, size: int) -> tuple[Any, Any, Any]:
@@ -166,16 +167,16 @@ class LinearAttention(AbstractRecurrence):
         hidden = ops.literal(torch.where(sees, 0.0, NEVER), product)
         return ops.mul(product, ops.exp(ops.add(ops.sub(decay[0], ops.swap(decay[1])), hidden)))
 
-    def _wy(self, ops: AnySequenceOps, k: Any, v: Any, beta: Any, decay: tuple[Any, Any, Any] | None) -> tuple[Any, Any]:
-        """T (beta V) and T (beta K e^G)."""
-        weighted = ops.mul(k, beta)
+    def _wy(self, ops: AnySequenceOps, k: Any, v: Any, beta: Any, decay: Any | None) -> tuple[Any, Any]:
+        """T (beta V) and T (beta K e^G); what scales the rows of V and K scales the columns of T, which are fewer."""
         rows = (CHUNK // self.factors or 1) * self.factors
         before = torch.ones(rows, rows).tril(-1).bool()
-        lower = self._masked(ops, ops.contract(weighted, ops.swap(k)), before, (decay[1], decay[1]) if decay else None)
-        inverse = ops.unit_lower_inverse(lower)
-        if decay:
-            weighted = ops.mul(weighted, ops.exp(decay[1]))
-        return ops.contract(inverse, ops.mul(v, beta)), ops.contract(inverse, weighted)
+        lower = self._masked(ops, ops.contract(k, ops.swap(k)), before, None if decay is None else (decay, decay))
+        inverse = ops.mul(ops.unit_lower_inverse(ops.mul(lower, beta)), ops.swap(beta))
+        write = ops.contract(inverse, v)
+        if decay is not None:
+            inverse = ops.mul(inverse, ops.swap(ops.exp(decay)))
+        return write, ops.contract(inverse, k)
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:

@@ -1,0 +1,128 @@
+"""transformers' own recurrences under ONNX Runtime: exported as they are, at one length, against raised to one node of any length.
+
+The functions are the ones that Qwen3-Next and Mamba-2 call, at sizes that such models have. Both files are timed in turn in one process;
+the ratio is the median of paired ratios, its spread the 10th and 90th percentile. Nothing is printed where results differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule
+
+from rewriter import registry
+from rewriter.backend import EmitOptions
+from rewriter.backends.files.export import export_module
+from rewriter.backends.files.quiet import muted
+from rewriter.backends.fx.graph import FxGraph
+from rewriter.backends.onnx.run import Session
+from rewriter.inputs import parse_input
+from rewriter.timing import interleave
+from rewriter.tolerances import EQUAL
+
+HEADS, WIDTH = 16, 128  # Qwen3-Next
+SSM_HEADS, SSM_WIDTH, SSM_STATES, SSM_CHUNK = 24, 64, 128, 256  # Mamba-2, 130 million
+
+
+class Prefill(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        out: Tensor = torch_chunk_gated_delta_rule(query, key, value, -g.exp(), beta.sigmoid(), use_qk_l2norm_in_kernel=True)[0]
+        return out
+
+
+class Decode(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        out, last = torch_recurrent_gated_delta_rule(
+            query, key, value, -g.exp(), beta.sigmoid(), initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+        return out, last
+
+
+class Scan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.d = nn.Parameter(-torch.rand(SSM_HEADS) - 0.5), nn.Parameter(torch.ones(SSM_HEADS))
+
+    def forward(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        out = mamba2_chunk_scan(x, dt, self.a, b, c, SSM_CHUNK, D=self.d, dt_softplus=True)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    module: nn.Module
+    shapes: dict[str, tuple[int, ...]]  # after batch and time; "state" has no time
+    tokens: int
+    target: str
+
+
+_DELTA = {name: (HEADS, WIDTH) for name in ("query", "key", "value")} | {"g": (HEADS,), "beta": (HEADS,)}
+ROWS = (
+    Row("gated delta rule, prefill", Prefill(), _DELTA, 512, "8x"),
+    Row("gated delta rule, decode", Decode(), _DELTA | {"state": (HEADS, WIDTH, WIDTH)}, 1, "4x"),
+    Row("Mamba-2 scan, prefill", Scan(), {"x": (24, 64), "dt": (24,), "b": (1, 128), "c": (1, 128)}, 512, "8x"),
+)
+
+
+def inputs(row: Row) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lead = {name: (1,) if name == "state" else (1, row.tokens) for name in row.shapes}
+    return {name: torch.randn(*lead[name], *shape, generator=generator) for name, shape in row.shapes.items()}
+
+
+def as_it_is(row: Row, path: Path) -> None:
+    """By torch alone, at the one length."""
+    with torch.no_grad(), muted():
+        program = torch.export.export(row.module.eval(), (), inputs(row))
+        torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+
+
+def raised(row: Row, path: Path) -> str:
+    """With dynamic batch and length; what the export says of it."""
+    leads = {name: "batch" if name == "state" else "batch,time" for name in row.shapes}
+    specs = [parse_input(f"{name}:float32[{leads[name]},{','.join(map(str, shape))}]") for name, shape in row.shapes.items()]
+    notes: list[str] = []
+    program = export_module(row.module, specs, {}, notes)
+    registry.targets()["onnxruntime"]().emit(FxGraph.of(program), path, EmitOptions(tokens=(row.tokens,), threads=1))
+    return "; ".join(notes)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    table = Table(title=f"ONNX Runtime, CPU, 1 thread; {HEADS} heads of {WIDTH}, {SSM_HEADS} heads of {SSM_WIDTH} with {SSM_STATES} states")
+    for column in ("function", "tokens", "as it is ms", "raised ms", "ratio (spread)", "target", "largest error"):
+        table.add_column(column)
+    for row in ROWS:
+        with tempfile.TemporaryDirectory() as folder:
+            before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+            as_it_is(row, before)
+            said = raised(row, after)
+            if "raised to one" not in said:
+                sys.exit(f"{row.name} was not raised: {said}")
+            slow, fast = Session(str(before), 1), Session(str(after), 1)
+        feeds = inputs(row)
+        expected = row.module(**feeds)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(fast(feeds).values(), expected, strict=True)]
+        if max(errors) > EQUAL[torch.float32][0]:
+            sys.exit(f"{row.name}: the raised function is off by {max(errors):.2g}")
+        timing = interleave([functools.partial(s.session.run, None, s.arrays(feeds)) for s in (slow, fast)], seconds=3)
+        low, middle, high = timing.ratio(0, 1)
+        times = (f"{1e3 * timing.seconds(0):.2f}", f"{1e3 * timing.seconds(1):.2f}", f"{middle:.1f}x ({low:.1f}-{high:.1f})")
+        table.add_row(row.name, str(row.tokens), *times, row.target, f"{max(errors):.1e}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
