@@ -5,11 +5,12 @@ Entries are written to a temporary name and renamed, so an interrupted run leave
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rewriter.operator import AbstractMatrix, AbstractOperator, flatten, unflatt
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+EMITTING = ("passes/structures/*.py", "backends/*.py", "backends/fx/*.py", "backends/onnx/*.py")
 VERSION = "1"  # of the entries' format and of the fits' mathematics: raise it when either changes
 
 
@@ -111,16 +113,23 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def measured(runtime: str, forms: Sequence[AbstractOperator], tokens: int, threads: int, time: Callable[[], list[float]]) -> list[float]:
-    """Seconds of the forms, timed together unless this same comparison was made before on this hardware with these versions.
+@functools.cache
+def sources() -> str:
+    """A hash of the code that forms are emitted by: a changed form is a new comparison."""
+    package = Path(__file__).parent
+    files = sorted(file for pattern in EMITTING for file in package.glob(pattern))
+    return digest(*[file.read_bytes() for file in files])
+
+
+def measured(count: int, time: Callable[[], list[float]], *comparison: object) -> list[float]:
+    """`count` seconds, timed together unless this same comparison was made before on this hardware by this code.
 
     The key is the whole comparison: only figures that were interleaved are ever put side by side.
     """
-    together = digest(runtime, hardware(), tokens, threads, *[flatten(f)[1] for f in forms])
-    path = default_folder() / "timings" / f"{together}.json"
+    path = default_folder() / "timings" / f"{digest(sources(), hardware(), *comparison)}.json"
     try:
         seconds = [float(s) for s in json.loads(path.read_text())]
-        if len(seconds) == len(forms):
+        if len(seconds) == count:
             return seconds
     except (OSError, ValueError, TypeError):
         pass

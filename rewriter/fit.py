@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriter.algebra import Dense
-from rewriter.cache import digest, hardware
+from rewriter.cache import digest, hardware, sources
 from rewriter.cost import Cost, dense_cost
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site, load_weight
@@ -174,7 +174,7 @@ def _discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
 def _fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
     """What a fit depends on. `model` is the graph's fingerprint: a site's input moments depend on everything before it."""
     asked = ",".join(s.spelling() for s in plan.structures)
-    speed = (context.target.name, context.tokens, context.threads, hardware()) if context.objective == "ms" else ()
+    speed = (context.target.name, context.tokens, context.threads, hardware(), sources()) if context.objective == "ms" else ()
     return digest(model, site.id, asked, plan.share, plan.explicit, context.objective, speed, context.calibration.key, context.seed)
 
 

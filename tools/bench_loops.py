@@ -1,7 +1,8 @@
 """Loops as torch exports them (scan, hence ONNX Scan) against the same files after raise-recurrence or diagonalize, under ONNX Runtime.
 
-The first row is the standard's own operator, which ONNX Runtime has no kernel for: it expands the node into a Scan. Each row is one model: exported, rewritten, reloaded, compared with the source at four lengths (a difference ends the bench), then both
-files timed in turn in one process; the ratio is the median of paired ratios, its spread the 10th and 90th percentile.
+The first row is the standard's own operator, which ONNX Runtime has no kernel for: it expands the node into a Scan. Each row is one
+model: exported, rewritten, reloaded, compared with the source at four lengths (a difference ends the bench), then both files timed in
+turn in one process; the ratio is the median of paired ratios, its spread the 10th and 90th percentile.
 """
 
 from __future__ import annotations

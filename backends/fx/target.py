@@ -22,7 +22,7 @@ from rewriter.backends.fx.trace import decomposed
 from rewriter.cache import measured
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
-from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator
+from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, flatten
 from rewriter.timing import interleave
 
 COLD_BYTES = 64 << 20  # weights that no cache holds, for calls of few tokens
@@ -91,7 +91,8 @@ class TorchTarget:
         return run_int8
 
     def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
-        return measured(f"torch {torch.__version__}", forms, tokens, threads, lambda: _time(forms, tokens, threads))
+        specs = [flatten(form)[1] for form in forms]
+        return measured(len(forms), lambda: _time(forms, tokens, threads), f"torch {torch.__version__}", tokens, threads, *specs)
 
 
 class _Program:

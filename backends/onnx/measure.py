@@ -5,10 +5,8 @@ A model layer of few tokens streams its weights from memory, so there the figure
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -16,10 +14,9 @@ import torch
 
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.opaque import matrix_skeleton, opaque
-from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.run import CPU, Session
 from rewriter.backends.onnx.tensors import from_torch, onnx_dtype
-from rewriter.cache import default_folder, digest, hardware, measured, write_atomically
+from rewriter.cache import measured
 from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, Dims, flatten, skeleton, unflatten
 from rewriter.timing import interleave
 
@@ -29,7 +26,7 @@ MOST_COPIES = 32
 MANY_TOKENS_COPIES = 2
 SECONDS = 0.2  # for each form
 OPSET = 20  # unless the file's is given
-RUNTIME = f"onnxruntime {version('onnxruntime')}, {' '.join(LOWERINGS)}"  # a new lowering is a new comparison
+RUNTIME = f"onnxruntime {version('onnxruntime')}"
 
 
 def measure(forms: Sequence[AbstractOperator], tokens: int, threads: int, provider: str = CPU, contrib: bool = False) -> list[float]:
@@ -47,33 +44,16 @@ def measure(forms: Sequence[AbstractOperator], tokens: int, threads: int, provid
         seconds = dict(zip(specs, time_bodies([(s, choose(s, rank)) for s in specs], rank, tokens, threads, provider), strict=True))
         return [seconds[flatten(form)[1]] for form in forms]
 
-    return measured(f"{RUNTIME} {provider} {contrib}", forms, tokens, threads, time)
+    return measured(len(forms), time, RUNTIME, provider, contrib, tokens, threads, *[flatten(form)[1] for form in forms])
 
 
 def measure_lowerings(spec: str, rank: int, lowerings: Sequence[str], tokens: int, threads: int, opset: int = OPSET) -> list[float]:
     """Seconds of one form in each lowering, at the rank that it is emitted for."""
-    asked = digest(RUNTIME, hardware(), "lowerings", spec, rank, *lowerings, tokens, threads, opset)
-    path = default_folder() / "timings" / f"{asked}.json"
-    stored = _stored(path)
-    if len(stored) == len(lowerings):
-        return stored
-    seconds = time_bodies([(spec, lowering) for lowering in lowerings], rank, tokens, threads, opset=opset)
-    try:
-        write_atomically(path, lambda temporary: _write(temporary, seconds))
-    except OSError:
-        return seconds
-    return seconds
 
+    def time() -> list[float]:
+        return time_bodies([(spec, lowering) for lowering in lowerings], rank, tokens, threads, opset=opset)
 
-def _write(path: Path, seconds: list[float]) -> None:
-    path.write_text(json.dumps(seconds))
-
-
-def _stored(path: Path) -> list[float]:
-    try:
-        return [float(s) for s in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):
-        return []
+    return measured(len(lowerings), time, RUNTIME, "lowerings", spec, rank, *lowerings, tokens, threads, opset)
 
 
 def time_bodies(

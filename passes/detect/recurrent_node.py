@@ -1,7 +1,7 @@
 """LinearAttention as one ONNX node, ai.onnx's (since opset 27) or com.microsoft's, read by its attributes.
 
-S_t = e^{g_t} S_{t-1} + k_t (beta_t (v_t - (e^{g_t} S_{t-1})^T k_t))^T, o_t = scale S_t^T q_t; a runtime without a kernel for the standard one
-expands it into a Scan.
+S_t = e^{g_t} S_{t-1} + k_t (beta_t (v_t - (e^{g_t} S_{t-1})^T k_t))^T, o_t = scale S_t^T q_t. A runtime without a kernel for the standard
+one expands it into a Scan.
 """
 
 from __future__ import annotations

@@ -201,6 +201,19 @@ def test_timings_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(OnnxTarget().measure(forms, 4, 1)) == 2
 
 
+def test_timings_of_other_code_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = [Dense(torch.randn(8, 8)), BlockDiagonal(torch.randn(2, 4, 4))]
+    calls: list[int] = []
+    monkeypatch.setattr(measure, "time_bodies", lambda bodies, *_, **__: [calls.append(1) or 1.0 for _ in bodies])
+    OnnxTarget().measure(forms, 4, 1)
+    before = len(calls)
+    OnnxTarget().measure(forms, 4, 1)
+    assert len(calls) == before
+    monkeypatch.setattr("rewriter.cache.sources", lambda: "a form was written anew")
+    OnnxTarget().measure(forms, 4, 1)
+    assert len(calls) > before
+
+
 def test_the_fastest_lowering_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = flatten(BlockDiagonal(torch.randn(2, 4, 4)))[1]
     figures = {1: [1.0, 2.0], 256: [5.0, 3.0]}
