@@ -14,8 +14,8 @@ from rewriter.operator import AbstractMap, flatten, tensors, unflatten
 from rewriter.ops import Step
 
 _FREE = {
-    "const", "literal", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "tail", "at_tail", "triangle", "regroup", "split",
-    "concat", "pad", "gather", "shuffle", "where",
+    "const", "literal", "steady", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "tail", "at_tail", "triangle", "regroup",
+    "split", "concat", "pad", "gather", "shuffle", "where",
 }  # fmt: skip
 
 

@@ -125,6 +125,9 @@ class EagerOps:
     def at_tail(self, x: Tensor, like: Tensor, size: int) -> Tensor:
         return x.select(1, (like.shape[1] - 1) // size)
 
+    def steady(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.to(like.dtype).expand(*like.shape[:2], -1)
+
     def zeros(self, like: Tensor, *sizes: int) -> Tensor:
         return like.new_zeros(like.shape[0], *sizes)
 

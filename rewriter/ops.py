@@ -149,6 +149,10 @@ class SequenceOps(Ops[V], Protocol[V]):
         """(batch, chunks, ...) -> (batch, ...): the slice at the chunk in which `like` ends; chunks of nothing but zeros may follow it."""
         ...
 
+    def steady(self, x: V, like: V) -> V:
+        """(n,) -> (batch of like, time of like, n): the same at every token."""
+        ...
+
     def zeros(self, like: V, *sizes: int) -> V:
         """(batch of like, *sizes) zeros."""
         ...

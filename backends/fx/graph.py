@@ -270,7 +270,7 @@ class FxGraph:
         return to_onnx(clean.program, opset, self._output_names)
 
     def loop(self, node: Node) -> Loop | str:
-        return loops.loop(node, self._bodies)
+        return loops.loop(node, self._bodies, self.const)
 
     def sliced(self, value: Node) -> tuple[Node, int, int, bool] | None:
         return loops.sliced(value)

@@ -1,28 +1,31 @@
-"""Recurrences of an fx graph: torch's scan, read as a loop; slices and stacks, from which an unrolled one is known."""
+"""Recurrences of an fx graph: torch's scan and while_loop, read as loops; slices and stacks, from which an unrolled one is known."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from rewriter.backends.fx.constants import Body
+from rewriter.backends.fx.counted import counted
 from rewriter.graph import Carry, Loop, Slice
 
 aten = torch.ops.aten
 
 
-def loop(node: Node, bodies: Mapping[Graph, Body]) -> Loop | str:
+def loop(node: Node, bodies: Mapping[Graph, Body], const: Callable[[Node], Tensor | None]) -> Loop | str:
     """See rewriter.graph.Graph.loop."""
-    name = str(node.target)
-    if name != "scan":
-        return f"torch's {name} counts its steps in a tensor of its own: sequences that it reads by index are not seen; write it with scan"
+    inside = [b for b in bodies.values() if b.call is node]
+    if str(node.target) == "while_loop":
+        cond, body = (next(b for b in inside if b.name.rpartition(".")[2] == part.target) for part in node.args[:2])  # type: ignore[union-attr]
+        return counted(node, cond.module, body.module, const)
     _, initial, xs, _ = node.args
     assert isinstance(initial, Sequence) and isinstance(xs, Sequence)
-    (body,) = [b for b in bodies.values() if b.call is node]
+    (body,) = inside
     formal = [n for n in body.module.graph.nodes if n.op == "placeholder"]
     (results,) = body.module.graph.output_node().args
     items: dict[Any, Node] = {user.args[1]: user for user in node.users if user.target is operator.getitem}

@@ -18,7 +18,14 @@ from rewriter.backends.onnx import attention
 from rewriter.backends.onnx.attention import DOMAIN
 
 NAME, STANDARD = "contrib", "standard"  # of the lowerings
-Lower = Callable[[Tape, Any, Sequence[ir.Value]], Sequence[ir.Value]]
+Lower = Callable[[Tape, Any, Sequence[ir.Value]], Sequence[ir.Value]]  # of the inputs, the stored tensors after them
+
+
+def steady(tape: Tape, x: ir.Value, like: ir.Value, width: int) -> ir.Value:
+    """(n,) at every token of `like`, in its type."""
+    lead = tape.op("Gather", [tape.op("Shape", [like]), tape.op("Constant", [], {"value_ints": [0, 1]})], {"axis": 0})
+    shape = tape.op("Concat", [lead, tape.op("Constant", [], {"value_ints": [width]})], {"axis": 0})
+    return tape.op("Expand", [tape.op("CastLike", [x, like]), shape])
 
 
 def _linear_attention(tape: Tape, operator: Any, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
@@ -53,7 +60,12 @@ def _linear_attention(tape: Tape, operator: Any, inputs: Sequence[ir.Value]) -> 
     return [out, state]
 
 
-CONTRIB: dict[str, Lower] = {"LinearAttention": _linear_attention, "Attention": attention.multi_head}
+def _retention(tape: Tape, operator: Any, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    *given, rates = inputs
+    return _linear_attention(tape, operator.moving(), operator.with_decay(given, steady(tape, rates, given[0], operator.rates.numel())))
+
+
+CONTRIB: dict[str, Lower] = {"LinearAttention": _linear_attention, "Retention": _retention, "Attention": attention.multi_head}
 LATER: dict[str, tuple[int, Lower]] = {"Attention": (23, attention.standard)}  # since which opset
 
 

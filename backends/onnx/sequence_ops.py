@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
-from rewriter.backends.onnx.contrib import lower, own_lowerings
+from rewriter.backends.onnx.contrib import lower, own_lowerings, steady
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.operator import AbstractMap, Dims, skeleton
@@ -202,6 +202,9 @@ class SequenceOps:
     def _last_chunk(self, x: Sized, size: int, axis: int) -> ir.Value:
         return self._op("Div", self._op("Sub", self._length(x, axis), self._ints(1)), self._ints(size))
 
+    def steady(self, x: Sized, like: Sized) -> Sized:
+        return Sized(steady(self.tape, x.value, like.value, x.axes[-1] or 1), (None, None, x.axes[-1]))
+
     def zeros(self, like: Sized, *sizes: int) -> Sized:
         shape = self.tape.op("Concat", [self._length(like, 0), self._ints(*sizes)], {"axis": 0})
         return Sized(self._op("CastLike", self._op("ConstantOfShape", shape), like.value), (None, *sizes))
@@ -239,7 +242,7 @@ def map_function(spec: str, opset: int, lowering: str) -> ir.Function:
     inputs = [ir.Value(name=f"{name}_in") for name in operator.inputs()]
     native = lower(lowering, kind(spec))
     if native is not None:
-        results = list(native(ops.tape, operator, inputs))
+        results = list(native(ops.tape, operator, [*inputs, *factors]))
     else:
         given = [Sized(v, axes_of(dims)) for v, dims in zip(inputs, operator.inputs().values(), strict=True)]
         results = [sized.value for sized in operator.spelled(lowering, ops, *given)]

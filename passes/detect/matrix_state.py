@@ -19,8 +19,11 @@ from rewriter.graph import Port, Region, Value
 from rewriter.passes.detect.reading import Reading, arranged, final_port, orders, result_port, sequence_port, state_port, zero
 from rewriter.passes.detect.step import Step, close
 from rewriter.passes.structures.linear_attention import LinearAttention
+from rewriter.passes.structures.retention import Retention
 from rewriter.registry import eager_ops
 from rewriter.structure import NoMatch
+
+NEITHER = "a linear state, but no linear attention and no delta rule"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def read_matrix_state(step: Step, rng: torch.Generator) -> Reading | NoMatch:
             if isinstance(reading, Reading):
                 return reading
             refusals.append(reading)
-    return refusals[-1] if refusals else NoMatch("a linear state, but no linear attention and no delta rule")
+    return refusals[-1] if refusals else NoMatch(NEITHER)
 
 
 def _views(state: Tensor) -> Iterator[_View]:
@@ -100,21 +103,39 @@ def _readings(step: Step, view: _View, roles: _Roles) -> Iterator[Reading | NoMa
         yield NoMatch("its decay is computed from several sequences")
         return
     query, decay = roles.readout[0], roles.transition[0] if roles.transition else None
+    rates = None if decay is not None else _rates(step, view, (*roles.both, *roles.shift))
+    if isinstance(rates, NoMatch):
+        yield rates
+        return
     if roles.both:
         if len(roles.both) == 1 and len(roles.shift) == 1:
             yield NoMatch("a delta rule whose beta is no sequence of its own")
         for key, beta in permutations(roles.both, 2):
             for value in roles.shift:
-                yield from _tries(step, view, {"query": query, "key": key, "value": value, "decay": decay, "beta": beta})
+                yield from _tries(step, view, {"query": query, "key": key, "value": value, "decay": decay, "beta": beta}, rates)
     else:
         for key, value in permutations(roles.shift, 2):
-            yield from _tries(step, view, {"query": query, "key": key, "value": value, "decay": decay})
+            yield from _tries(step, view, {"query": query, "key": key, "value": value, "decay": decay}, rates)
 
 
-def _tries(step: Step, view: _View, named: Mapping[str, Value | None]) -> Iterator[Reading | NoMatch]:
+def _rates(step: Step, view: _View, written: Sequence[Value]) -> Tensor | NoMatch | None:
+    """The logarithm of a decay that every step has, (heads,) or (heads*key,), seen where nothing is written; None where it is 1."""
+    edge = {root: torch.zeros_like(x) if root in written else x for root, x in step.edge.items()}
+    (end,), _ = step.run(step.state, edge)
+    (begin,) = step.state.values()
+    decay = view.state(end) / view.state(begin)
+    if close(decay, torch.ones_like(decay)):
+        return None
+    for rows in (decay[0, :, :1, :1], decay[0, :, :, :1]):
+        if close(rows.expand_as(decay[0])[None].expand_as(decay), decay):
+            return rows.log().flatten() if bool((rows > 0).all()) else NoMatch("a fixed decay that is not positive")
+    return NoMatch(NEITHER)
+
+
+def _tries(step: Step, view: _View, named: Mapping[str, Value | None], rates: Tensor | None) -> Iterator[Reading | NoMatch]:
     """The assignment with every order of the sequences' axes."""
     roots = {name: root for name, root in named.items() if root is not None}
-    form = _form(step, view, roots)
+    form = _form(step, view, roots, rates)
     if isinstance(form, NoMatch):
         yield form
         return
@@ -124,24 +145,24 @@ def _tries(step: Step, view: _View, named: Mapping[str, Value | None]) -> Iterat
         if found is not None:
             yield found
             return
-    yield NoMatch("a linear state, but no linear attention and no delta rule")
+    yield NoMatch(NEITHER)
 
 
-def _form(step: Step, view: _View, roots: Mapping[str, Value]) -> LinearAttention | NoMatch:
+def _form(step: Step, view: _View, roots: Mapping[str, Value], rates: Tensor | None) -> LinearAttention | NoMatch:
     """The operator whose widths fit."""
     batch = 1 if view.lone else next(iter(step.state.values())).shape[0]
     sizes = {name: step.edge[root].numel() / batch for name, root in roots.items()}
     factors = sizes["value"] / (view.heads * view.width)
     queries, keys = sizes["query"] / view.key, sizes["key"] / view.key / max(factors, 1)
-    decay = ""
-    if "decay" in roots:
-        decay = {float(view.heads): "head", float(view.heads * view.key): "key"}.get(sizes["decay"], "?")
+    width = sizes.get("decay", 0.0 if rates is None else float(rates.numel()))
+    decay = {0.0: "", float(view.heads): "head", float(view.heads * view.key): "key"}.get(width, "?")
     whole = [n for n in (factors, queries, keys) if n >= 1 and n == int(n)]
     fits = len(whole) == 3 and view.heads % keys == 0 and (view.heads % queries == 0 or queries % view.heads == 0)
     if not fits or decay == "?" or sizes.get("beta", factors * view.heads) != factors * view.heads:
         return NoMatch("a linear state, but its sequences have other widths than a delta rule's")
     rule = "delta" if "beta" in roots else "plain"
-    return LinearAttention(view.heads, view.key, view.width, int(queries), int(keys), int(factors), rule, decay)
+    form = LinearAttention(view.heads, view.key, view.width, int(queries), int(keys), int(factors), rule, decay)
+    return form if rates is None else Retention.of(form, rates)
 
 
 def _match(
@@ -197,7 +218,9 @@ def _reading(
     shape = list(next(iter(step.state.values())).shape)
     final = final_port(carry.final, view.order, shape, 3, view.lone)
     region = Region(step.loop.nodes, tuple(ports), (result, final))
-    return Reading(replace(form, carried=carried), region, describe(form))
+    dtype = step.graph.dtype(carry.initial)
+    form = replace(form, carried=carried)
+    return Reading(form if dtype is None else form.to(dtype), region, describe(form))
 
 
 def describe(form: LinearAttention) -> str:
@@ -205,4 +228,5 @@ def describe(form: LinearAttention) -> str:
     kind = {"delta": "delta rule", "plain": "linear attention"}[form.rule]
     kind = f"product of {form.factors} Householder factors" if form.factors > 1 else kind
     gate = {"": "", "head": "gated ", "key": "gated (per key entry) "}[form.decay]
+    gate = "fixed-decay " if isinstance(form, Retention) else gate
     return f"{gate}{kind}, {form.heads} heads of {form.key} x {form.width}"

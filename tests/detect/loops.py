@@ -52,6 +52,27 @@ def plain(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return state, (q.unsqueeze(-2) @ state).squeeze(-2)
 
 
+class Retaining(torch.nn.Module):
+    """RetNet: a decay for every head that is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = torch.nn.Parameter(1 - 2.0 ** -torch.arange(1.0, HEADS + 1))
+
+    def forward(self, state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, v = x
+        state = self.decay[:, None, None] * state + k[..., None] * v[..., None, :]
+        return state, torch.einsum("bhk,bhkv->bhv", q, state)
+
+
+def fading(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A delta rule that forgets a tenth at every step."""
+    q, k, v, beta = x
+    state = 0.9 * state
+    state = state + k[..., None] * ((v - torch.einsum("bhk,bhkv->bhv", k, state)) * beta[..., None])[..., None, :]
+    return state, torch.einsum("bhk,bhkv->bhv", q, state)
+
+
 def per_key(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gated linear attention (GLA): a decay for every entry of the key."""
     q, k, v, g = x
@@ -123,6 +144,8 @@ CASES = {
     "product": Case(product, (_HK, (2, *_HK), (2, *_HV), (2, HEADS)), (HEADS, KEY, WIDTH), "product of 2 Householder", "LinearAttention"),
     "plain": Case(plain, (_HK, _HK, _HV), (HEADS, KEY, WIDTH), "linear attention", "LinearAttention"),
     "one head": Case(plain, ((KEY,), (KEY,), (WIDTH,)), (KEY, WIDTH), "linear attention, 1 head", "LinearAttention"),
+    "retention": Case(Retaining, (_HK, _HK, _HV), (HEADS, KEY, WIDTH), "fixed-decay linear attention, 3 heads", "Retention"),
+    "fading": Case(fading, (_HK, _HK, _HV, (HEADS,)), (HEADS, KEY, WIDTH), "fixed-decay delta rule", "Retention"),
     "per key": Case(per_key, (_HK, _HK, _HV, _HK), (HEADS, KEY, WIDTH), "per key entry", "LinearAttention"),
     "gated": Case(gated, ((WIDTH,), (WIDTH,)), (WIDTH,), "input-gated diagonal, 6 states", "DiagonalRecurrence"),
     "mamba": Case(mamba, (_HK, _HK, (KEY,)), (HEADS, KEY), "read by a query over 4", "DiagonalRecurrence"),

@@ -1,0 +1,78 @@
+"""torch's while_loop that counts is the recurrence that it steps through; one that does more is listed with what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
+from torch.export import Dim
+
+from rewriter.backends.fx.graph import FxGraph
+from tests.detect.loops import CASES, TIME, Case
+from tests.detect.test_recurrence import equal, only, raised
+
+
+class Counting(torch.nn.Module):
+    """Steps from `start` to the length (less `short`, or the whole number `stop`), by `stride`; `peeks` at what it has written."""
+
+    def __init__(self, case: Case, start: int = 0, stride: int = 1, short: int = 0, stop: int = 0, peeks: bool = False) -> None:
+        super().__init__()
+        self.step, self.start, self.stride, self.short, self.stop, self.peeks = case.function, start, stride, short, stop, peeks
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *xs, state = inputs
+        y = torch.zeros_like(self.step(state, [x[:, 0] for x in xs])[1])
+        y = y.unsqueeze(1).repeat_interleave(xs[0].shape[1], 1)
+
+        def going(i: Tensor, *_: Tensor) -> Tensor:
+            return i < (self.stop or xs[0].size(1) - self.short)
+
+        def body(i: Tensor, state: Tensor, y: Tensor) -> Sequence[Tensor]:
+            at = i.reshape(1)
+            new, row = self.step(state, [x.index_select(1, at).squeeze(1) for x in xs])
+            row = row + y[:, 0] if self.peeks else row
+            return i + self.stride, new.clone(), y.index_copy(1, at, row.unsqueeze(1))
+
+        _, state, y = while_loop(going, body, (torch.tensor(self.start), state, y))
+        return y, state
+
+
+def graph_of(case: Case, **options: int) -> FxGraph:
+    inputs = tuple(case.feeds().values())
+    batch, time = Dim("batch"), Dim("time", min=2)
+    axes = ({0: batch, 1: time},) * len(case.shapes) + ({0: batch},)
+    with torch.no_grad():
+        return FxGraph.of(torch.export.export(Counting(case, **options), inputs, dynamic_shapes=(axes,)))
+
+
+@pytest.mark.parametrize("name", ["delta", "mamba", "linear cell"])
+def test_it_is_read(name: str) -> None:
+    case = CASES[name]
+    graph = graph_of(case)
+    site = only(graph)
+    assert case.said in site.reason and type(site.form).__name__ == case.kind
+    after = raised(graph)
+    for time in (1, 4, 7, 65):
+        equal(graph, after, case.feeds(time))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"start": 1}, "without a counter from 0 in steps of 1"),
+        ({"stride": 2}, "without a counter from 0 in steps of 1"),
+        ({"short": 1}, "ends by more than its counter and a length"),
+        ({"stop": TIME - 1}, "whose count is not the length of its sequences"),
+        ({"peeks": True}, "reads what it has written"),
+    ],
+)
+def test_what_does_more_is_listed(options: dict[str, int], reason: str) -> None:
+    site = only(graph_of(CASES["gated"], **options))
+    assert site.form is None and reason in site.reason
+
+
+def test_non_linear_steps_are_listed() -> None:
+    assert "non-linear in its state" in only(graph_of(CASES["elman"])).reason
