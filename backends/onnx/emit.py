@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from rewriter.backends.files.archive import one_line
+from rewriter.backends.files.quiet import muted
 from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import takes
@@ -70,14 +71,21 @@ def convert(model: ir.Model, opset: int) -> None:
         return
     from onnxscript.version_converter import convert_version
 
+    ours = {node.outputs[0].name: node for node in model.graph.all_nodes() if is_opaque(node)}
     try:
-        convert_version(model, opset, fallback=True)
+        with muted():
+            convert_version(model, opset, fallback=True)
     except Exception as problem:
         raise RewriteError(
             f"the model cannot be converted from opset {own} to {opset}: {one_line(problem)}; give --opset {own}"
         ) from problem
     if model.graph.opset_imports[""] != opset:
         raise RewriteError(f"the model cannot be converted from opset {own} to {opset}; give --opset {max(own, 18)}")
+    for node in model.graph.all_nodes():
+        if node.domain == DOMAIN:  # onnx's own converter, the fallback, drops what it does not know
+            before = ours[node.outputs[0].name]
+            node.overload = before.overload
+            node.metadata_props.update(before.metadata_props)
 
 
 def attach(model: ir.Model, choose: Choose = default_lowering) -> None:

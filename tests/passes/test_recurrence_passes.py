@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from rewriter import rewrite
 from rewriter.errors import RewriteError
 from rewriter.pipeline import Result
 from rewriter.registry import targets
+from tests.detect.loops import onnx_loop
 
 STATES, CHANNELS = 12, 2
 INPUTS = ["x:float32[batch,time,2]"]
@@ -68,6 +70,15 @@ def test_a_scan_becomes_one_node(target: str, tmp_path: Path) -> None:
     assert "in one node" in reason(result)
     assert any("at 1, " in note and "129 tokens" in note for note in result.report.notes)
     same(model, result, target, 1e-5)
+
+
+def test_a_node_survives_the_conversion_of_an_old_opset(tmp_path: Path) -> None:
+    """onnx's own converter, which takes what onnxscript's does not, drops the metadata of nodes."""
+    model = onnx_loop()
+    model.graph.opset_imports[""] = 13
+    result = rewrite(model, "raise-recurrence", target="onnx", out=str(tmp_path / "m.onnx"), timing=False)
+    assert result.report.sites[0].status == "rewritten"
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 20
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "torch"])
