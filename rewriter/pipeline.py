@@ -21,23 +21,23 @@ from rewriter.cache import FitCache
 from rewriter.calibrate import Calibration, Feeds, Samples
 from rewriter.errors import RewriteError
 from rewriter.fit import site_cost
+from rewriter.gate import not_smaller, refused, tolerance
 from rewriter.graph import Graph, Site
 from rewriter.inputs import parse_dims
-from rewriter.latency import grew, latencies
+from rewriter.job import Job
+from rewriter.latency import latencies
 from rewriter.lengths import check_lengths
 from rewriter.memory import return_freed_blocks
-from rewriter.operator import AbstractMap, AbstractRecurrence
+from rewriter.operator import AbstractRecurrence
 from rewriter.options import Options
 from rewriter.places import cache_folder, check_suffix, out_path, publish, size
 from rewriter.progress import Progress
 from rewriter.report import Latency, OutputError, Report, site_row
 from rewriter.rule import AbstractPass, Context, Decision
 from rewriter.select import select
-from rewriter.tolerances import EQUAL
 from rewriter.verify import certify, load_metric
 from rewriter.versions import versions, warn_untested
 
-MAP_TEXT = 64 << 10  # bytes of nodes
 ELSEWHERE = ("out", "cache", "force", "quiet")  # where a run's files lie and how it spoke: nothing of the model
 
 
@@ -72,40 +72,6 @@ class Result:
             raise RewriteError(f"there is nothing to save: {self.message}")
         check_suffix(Path(path), self.emitted.suffix)
         return publish(self.emitted, Path(path), force)
-
-
-@dataclass
-class Job:
-    """One run's state between its steps."""
-
-    options: Options
-    source: Any  # backends.files.load.Source
-    graph: Graph  # rewritten in place
-    target: Target
-    samples: sampling.Split
-    sites: Sequence[Site]
-    context: Context
-    begin: float
-    passes: Sequence[AbstractPass]
-    notes: list[str]
-
-    @property
-    def decisions(self) -> dict[str, Decision]:
-        """The last word on every site, by id."""
-        return self.context.decisions
-
-    def reference(self, feeds: Feeds) -> Mapping[str, Tensor]:
-        """The model as it was given."""
-        return self.source.graph.run(feeds)  # type: ignore[no-any-return]
-
-    @property
-    def lossy(self) -> list[Decision]:
-        """What was approximated, worst first."""
-        return sorted((d for d in self.decisions.values() if d.operator is not None and not d.exact), key=lambda d: -(d.error or 0.0))
-
-    @property
-    def rewritten(self) -> int:
-        return sum(d.rewritten for d in self.decisions.values())
 
 
 def rewrite(
@@ -330,9 +296,9 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     job.target.emit(job.graph, emitted, emission)
     runner = job.target.open(emitted, options.threads)
     error = _certificate(job, runner, job.samples.held_out)
-    failure = _refused(job, error)
+    failure = refused(job, error)
     if failure is None and any(isinstance(d.operator, AbstractRecurrence) for d in job.decisions.values()):
-        allowed = None if job.lossy else _tolerance(job)
+        allowed = None if job.lossy else tolerance(job)
         job.notes.append(check_lengths(job.reference, runner, job.graph, job.source.specs, explicit, allowed))
     rows: list[Latency] = []
     nbytes: dict[str, int | None] = {"dense": None, "rewritten": size(emitted)}
@@ -342,7 +308,7 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
         nbytes["dense"] = size(dense)
         if options.timing:
             rows = latencies(job.target, dense, emitted, job.graph, job.source.specs, explicit, options.token_counts, options.threads)
-        failure = _not_smaller(options, rows, nbytes, job, len(provenance["report"].encode()))
+        failure = not_smaller(rows, nbytes, job, len(provenance["report"].encode()))
         shutil.rmtree(folder / "dense")
     report = _report(job, error, rows, nbytes, planned=False)
     if failure is not None:
@@ -353,46 +319,6 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     if path is not None:
         scratch.cleanup()
     return Result(report, 0, text, path, job.graph, scratch, emitted, options.opset)
-
-
-def _refused(job: Job, error: OutputError) -> tuple[int, str] | None:
-    """An exact rewrite whose output moved is a fault; a bound that the emitted model exceeds is exit 3."""
-    bound = job.options.max_error
-    if bound is not None and error.upper > bound:
-        return 3, f"the emitted model's error {error.upper:.3g} exceeds --max-error {bound}; nothing was written"
-    if not job.lossy:
-        allowed = _tolerance(job)
-        if not error.estimate <= allowed:
-            raise RewriteError(f"an exact rewrite moved the output by {error.estimate:.3g}, {allowed:.1g} is allowed; nothing was written")
-    return None
-
-
-def _bought(job: Job) -> int:
-    """Bytes that maps add for the sake of time: stored tensors, and the text of their forms."""
-    maps = [d for d in job.decisions.values() if isinstance(d.operator, AbstractMap)]
-    return sum(max(0, d.after.nbytes - d.before.nbytes) + MAP_TEXT for d in maps)
-
-
-def _tolerance(job: Job) -> float:
-    """Of an exact rewrite's output."""
-    dtypes = [d.site.dtype for d in job.decisions.values() if d.site.dtype in EQUAL]
-    return 10 * max((EQUAL[d][0] for d in dtypes if d is not None), default=1e-4)
-
-
-def _not_smaller(
-    options: Options, rows: Sequence[Latency], nbytes: Mapping[str, int | None], job: Job, stored: int
-) -> tuple[int, str] | None:
-    """An output that is larger or slower than the dense model is not written without --force."""
-    if options.force or not job.rewritten:
-        return None
-    dense, now = nbytes["dense"], nbytes["rewritten"]
-    # the report that travels in the model is no weight, and what a map stores to save time stands beside its site
-    if dense is not None and now is not None and now - stored - _bought(job) > dense:
-        return 1, f"the output grew from {dense:,} to {now:,} bytes; nothing was written (--force writes it all the same)"
-    if grew(rows):
-        said = ", ".join(f"{r.ratio:.2f}x at T={r.tokens}" for r in rows if r.ratio is not None)
-        return 1, f"the rewritten model is slower than dense ({said}); nothing was written (--force writes it all the same)"
-    return None
 
 
 def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: dict[str, int | None], planned: bool) -> Report:
