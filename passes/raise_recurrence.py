@@ -1,18 +1,21 @@
 """`raise-recurrence`: a loop that was read as a linear recurrence becomes one node that runs many steps at a time; exact.
 
-A time-invariant system may also run in chunks, with the matrices of many steps beside those of one: the fastest length is measured.
+A time-invariant system may also run in chunks, with the matrices of many steps beside those of one, or with a transition that is the
+identity minus a low rank kept as factors: the fastest is measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rewriter.graph import Graph, Site
 from rewriter.operator import AbstractMap, AbstractRecurrence
+from rewriter.passes.structures.householder import HouseholderProduct, HouseholderStructure
 from rewriter.passes.structures.linear_system import LinearSystem, chunked
 from rewriter.rule import AbstractPass, Context, Decision
+from rewriter.structure import NoMatch
 
 LENGTHS = (16, 64)  # of chunks that are tried
 MOST = 1 << 22  # numbers in the matrices of a chunk
@@ -39,10 +42,17 @@ class RaiseRecurrence(AbstractPass):
         before = form.cost()
         if site.region is None:  # the node stands there already
             return Decision(site, site.reason, before, before, form, spelled(form), True, 0.0)
-        chosen, figures = fastest(context, [form, *in_chunks(form)]) if isinstance(form, LinearSystem) else (form, "")
+        forms = [form, *in_factors(form), *in_chunks(form)] if isinstance(form, LinearSystem) else [form]
+        chosen, figures = fastest(context, forms)
         graph.splice(site, chosen)
         said = site.reason.partition(":")[0]
         return Decision(site, f"{said}, in one node{figures}", before, chosen.cost(), chosen, spelled(chosen), True, 0.0)
+
+
+def in_factors(system: LinearSystem) -> list[AbstractMap]:
+    """The system with its transition as I - U V^T, where it is one of low rank: Householder products among them."""
+    found = HouseholderStructure().discover(system.transition.dense())
+    return [] if isinstance(found, NoMatch) else [replace(system, transition=found.operator)]
 
 
 def in_chunks(system: LinearSystem) -> list[AbstractMap]:
@@ -52,7 +62,9 @@ def in_chunks(system: LinearSystem) -> list[AbstractMap]:
 
 
 def fastest(context: Context, forms: Sequence[AbstractMap]) -> tuple[AbstractMap, str]:
-    """The form with the least summed time at the asked token counts, and what was measured."""
+    """The form with the least summed time at the asked token counts, and what was measured; one alone is not measured."""
+    if len(forms) == 1:
+        return forms[0], ""
     table = context.seconds(forms)
     totals = [sum(column) for column in zip(*table, strict=True)]
     best = totals.index(min(totals))
@@ -62,5 +74,7 @@ def fastest(context: Context, forms: Sequence[AbstractMap]) -> tuple[AbstractMap
 
 def spelled(form: AbstractMap) -> str:
     """For the report."""
-    length = getattr(form, "length", None)
-    return type(form).__name__ + (f":chunk={length}" if length else "")
+    details = {"chunk": getattr(form, "length", None)}
+    if isinstance(form, LinearSystem) and isinstance(form.transition, HouseholderProduct):
+        details["factors"] = form.transition.u.shape[1]
+    return type(form).__name__ + "".join(f":{name}={n}" for name, n in details.items() if n)

@@ -156,7 +156,7 @@ def describe(a: Tensor) -> str:
     if torch.equal(a, torch.diag(a.diagonal())):
         return f"time-invariant, {n} states, diagonal"
     eye = torch.eye(n, dtype=a.dtype)
-    rank = int(torch.linalg.matrix_rank(a - eye))
+    rank = int(torch.linalg.matrix_rank(a - eye, atol=1e-6 * float(torch.linalg.matrix_norm(a, 2))))  # stored in float32
     kinds = ["orthogonal"] if torch.allclose(a @ a.T, eye, atol=1e-6) else []
     if not kinds and torch.allclose(a @ a.T, a.T @ a, atol=1e-6):
         kinds = ["normal"]

@@ -12,8 +12,10 @@ from torch._higher_order_ops import scan
 
 from rewriter import rewrite
 from rewriter.errors import RewriteError
+from rewriter.passes.raise_recurrence import spelled
 from rewriter.pipeline import Result
 from rewriter.registry import targets
+from rewriter.rule import Context
 from tests.detect.loops import onnx_loop
 
 STATES, CHANNELS = 12, 2
@@ -79,6 +81,17 @@ def test_a_node_survives_the_conversion_of_an_old_opset(tmp_path: Path) -> None:
     result = rewrite(model, "raise-recurrence", target="onnx", out=str(tmp_path / "m.onnx"), timing=False)
     assert result.report.sites[0].status == "rewritten"
     assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 20
+
+
+def test_a_transition_of_two_reflections_is_kept_as_factors_where_that_is_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, _ = torch.linalg.qr(torch.randn(STATES, 2, generator=torch.Generator().manual_seed(5)))
+    model = Linear(torch.eye(STATES) - 1.5 * q @ q.T)
+    costs = {"LinearSystem:factors=2": 1.0, "LinearSystem": 2.0}
+    monkeypatch.setattr(Context, "seconds", lambda self, forms: [[costs.get(spelled(form), 3.0) for form in forms]])
+    result = run(model, "raise-recurrence", "onnxruntime", tmp_path)
+    (row,) = [r for r in result.report.sites if r.kind == "recurrence"]
+    assert row.structure == "LinearSystem:factors=2" and "identity plus rank 2 transition" in row.reason
+    same(model, result, "onnxruntime", 1e-5)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "torch"])
