@@ -85,8 +85,7 @@ class MonarchAttentionPass(AbstractPass):
             return kept.kept("its keys are not the queries' own tokens: cross attention or a cache")
         if trial.longest <= block:
             return kept.kept(
-                f"the samples have up to {trial.longest} tokens, which blocks of {block} do exactly: "
-                f"give --data of about {asked} tokens"
+                f"the samples have up to {trial.longest} tokens, which blocks of {block} do exactly: give --data of about {asked} tokens"
             )
         seen = f"relative error {trial.error:.3g} on {trial.count} samples of up to {trial.longest} tokens"
         if not trial.error <= self.error:

@@ -28,9 +28,7 @@ class PreMerge(AbstractPass):
     """Plans products of factors: chains of linears merge where that is faster; where speed is the objective slow sites go back to dense."""
 
     name: ClassVar[str] = "pre-merge"
-    summary: ClassVar[str] = (
-        "merges chains of linears where that is faster; with objective ms undoes slow rewrites"
-    )
+    summary: ClassVar[str] = "merges chains of linears where that is faster; with objective ms undoes slow rewrites"
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         rewritten = [d for d in context.decisions.values() if isinstance(d.operator, AbstractMatrix)]

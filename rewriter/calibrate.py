@@ -123,8 +123,7 @@ class Calibration:
             def update(x: Tensor) -> None:
                 if not bool(torch.isfinite(x).all()):
                     raise RewriteError(
-                        f"calibration met NaN or inf in '{name}'; check the samples and the weights before it, "
-                        "or give the model in float32"
+                        f"calibration met NaN or inf in '{name}'; check the samples and the weights before it, or give the model in float32"
                     )
                 for feeder in feeders:
                     feeder(x, mask[0])

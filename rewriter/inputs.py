@@ -152,9 +152,7 @@ def fill_sizes(specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> dict[str
     return {name: sizes.get(name, 1 if name in first else DEFAULT_SIZE) for name in names}
 
 
-def invent(
-    specs: Sequence[InputSpec], sizes: Mapping[str, int], bounds: Mapping[str, int], samples: int, seed: int
-) -> dict[str, Tensor]:
+def invent(specs: Sequence[InputSpec], sizes: Mapping[str, int], bounds: Mapping[str, int], samples: int, seed: int) -> dict[str, Tensor]:
     """Samples along axis 0 of every input. A fixed first dimension of k rounds their number up to a multiple of k."""
     for spec in specs:
         _check_inventable(spec, bounds)

@@ -247,4 +247,3 @@ def skeleton(spec: str) -> tuple[AbstractOperator, list[Tensor]]:
     json.loads(spec, object_hook=note)
     leaves = [found[i] for i in range(len(found))]
     return unflatten(spec, leaves), leaves
-

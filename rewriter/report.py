@@ -180,6 +180,7 @@ def site_row(decision: Decision, planned: bool, stored: Callable[[torch.dtype], 
 
 def totals(rows: Sequence[SiteRow]) -> tuple[Cost, Cost]:
     """Summed costs before and after over all rows."""
+
     def total(which: str) -> Cost:
         return Cost(*(sum(r.cost[u][which] for r in rows) for u in ("params", "flops", "nbytes")))
 

@@ -14,7 +14,7 @@ def middle(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     head = (width - 3) // 2
-    return f"{text[:head]}...{text[len(text) - (width - 3 - head):]}"
+    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
 
 
 def fold(text: str, width: int, first: str = "", rest: str = "") -> list[str]:

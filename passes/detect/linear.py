@@ -137,5 +137,3 @@ def unique(name: str, taken: set[str]) -> str:
         candidate = f"{name}[{number}]"
     taken.add(candidate)
     return candidate
-
-

@@ -123,5 +123,3 @@ def _listed(
     x = next((v for v in graph.inputs(nodes[0]) if v is not None), None)
     place = Place(tuple(nodes), x, y)
     return Site(name, name, "recurrence", None, graph.dtype(y), (place,), {}, form if stands else None, reason, region, form)
-
-

@@ -90,9 +90,7 @@ def _system(step: Step, begin: Value, inputs: Mapping[Value, Tensor], lone: bool
     return region_reading(step, form.to(dtype), [(name, orders(x.dim(), lone)[0])], lone, describe(a))
 
 
-def _readout(
-    step: Step, begin: Value, given: Mapping[Value, Tensor], name: Value, lone: bool
-) -> tuple[Tensor, Tensor, Tensor] | NoMatch:
+def _readout(step: Step, begin: Value, given: Mapping[Value, Tensor], name: Value, lone: bool) -> tuple[Tensor, Tensor, Tensor] | NoMatch:
     """C, D and r with y = C h' + D u + r, h' the new state."""
     y, end = step.ys[0], step.ends[0]
     after = {**given, end: given[begin]}

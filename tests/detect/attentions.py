@@ -71,6 +71,7 @@ def grouped(repeat: Callable[[Tensor], Tensor], attend: Callable[..., Tensor] = 
 
 def flat(change: Callable[..., Tensor]) -> Callable[[Any, Tensor], Tensor]:
     """`change` of (batch*heads, time, head) operands."""
+
     def forward(s: Any, x: Tensor) -> Tensor:
         y = change(s, x, *(heads(part).reshape(-1, T, D) for part in linears(s, x)))
         return out(y.view(-1, H, T, D))
@@ -80,6 +81,7 @@ def flat(change: Callable[..., Tensor]) -> Callable[[Any, Tensor], Tensor]:
 
 def einsums(first: str, second: str, **kinds: tuple[str, tuple[int, ...]]) -> Callable[[Any, Tensor], Tensor]:
     """Two einsums around a softmax; each operand is a linear whose features are unfolded."""
+
     def forward(s: Any, x: Tensor) -> Tensor:
         q, k, v = (getattr(s, name)(x).unflatten(-1, sizes) for name, sizes in kinds.values())
         return torch.einsum(second, torch.einsum(first, q, k).softmax(-1), v)

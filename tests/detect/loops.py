@@ -138,9 +138,7 @@ class Case:
 _HK, _HV = (HEADS, KEY), (HEADS, WIDTH)
 CASES = {
     "delta": Case(delta, (_HK, _HK, _HV, (HEADS,), (HEADS,)), (HEADS, KEY, WIDTH), "gated delta rule", "LinearAttention"),
-    "transposed": Case(
-        transposed_delta, (_HK, _HK, _HV, (HEADS,), (HEADS,)), (HEADS, KEY, WIDTH), "gated delta rule", "LinearAttention"
-    ),
+    "transposed": Case(transposed_delta, (_HK, _HK, _HV, (HEADS,), (HEADS,)), (HEADS, KEY, WIDTH), "gated delta rule", "LinearAttention"),
     "product": Case(product, (_HK, (2, *_HK), (2, *_HV), (2, HEADS)), (HEADS, KEY, WIDTH), "product of 2 Householder", "LinearAttention"),
     "plain": Case(plain, (_HK, _HK, _HV), (HEADS, KEY, WIDTH), "linear attention", "LinearAttention"),
     "one head": Case(plain, ((KEY,), (KEY,), (WIDTH,)), (KEY, WIDTH), "linear attention, 1 head", "LinearAttention"),

@@ -32,6 +32,7 @@ from tests.engine.nets import WIDE, Net, WideMlp, decaying, linear, normal, plan
 
 LOSSY = "low-rank:rank=6"
 
+
 @pytest.fixture
 def pt2(tmp_path: Path) -> Path:
     path = tmp_path / "m.pt2"

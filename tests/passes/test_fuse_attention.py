@@ -127,9 +127,7 @@ def program() -> torch.export.ExportedProgram:
         return torch.export.export(Layers().eval(), (), feeds(2, 5), dynamic_shapes=sizes, strict=False)
 
 
-@pytest.mark.parametrize(
-    ("target", "opset"), [pytest.param(*place, marks=() if place in QUICK else pytest.mark.slow) for place in PLACES]
-)
+@pytest.mark.parametrize(("target", "opset"), [pytest.param(*place, marks=() if place in QUICK else pytest.mark.slow) for place in PLACES])
 def test_results_stay_also_where_no_key_is_seen(target: str, opset: int, tmp_path: Path) -> None:
     model = Layers().eval()
     result = run(program(), target, opset, tmp_path)
@@ -222,6 +220,7 @@ def test_what_an_earlier_pass_rewrote_stays(tmp_path: Path) -> None:
 
 def test_what_cannot_be_placed_is_kept(tmp_path: Path) -> None:
     """Its mask is computed from a result of its own place's reader."""
+
     def late(g: Graph) -> list[Site]:
         (site,) = detect(g)
         assert site.region is not None and site.region.outputs[0] is not None

@@ -54,9 +54,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         other = x if self.keys == "x" else torch.cat([x, x], 1)
-        q, k, v = (
-            (given @ w).unflatten(-1, (2, 8)).transpose(1, 2) for given, w in zip((x, other, other), self.projections, strict=True)
-        )
+        q, k, v = ((given @ w).unflatten(-1, (2, 8)).transpose(1, 2) for given, w in zip((x, other, other), self.projections, strict=True))
         mask = self.masking(attention_mask)
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
 

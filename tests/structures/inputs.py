@@ -27,4 +27,3 @@ def decaying(m: int, n: int, seed: int = 0, power: float = 0.3) -> torch.Tensor:
     k = min(m, n)
     left, right = (torch.linalg.qr(torch.randn(d, k, generator=rng, dtype=torch.float64)).Q for d in (m, n))
     return ((left * torch.arange(1, k + 1, dtype=torch.float64) ** -power) @ right.T).float()
-
