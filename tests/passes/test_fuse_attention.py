@@ -82,7 +82,7 @@ ATTENDS: dict[str, tuple[Attend, int]] = {
     "sdpa, boolean": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m > 0), HEADS),
     "sdpa, causal": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True), HEADS),
 }
-QUICK = {("torch", 20), ("onnx", 23), ("onnxruntime", 20)}
+QUICK = {("torch", 20), ("onnxruntime", 20)}
 PLACES = [("torch", 20), ("onnx", 20), ("onnx", 23), ("onnx", 25), ("onnxruntime", 20), ("onnxruntime", 23)]
 
 
