@@ -78,8 +78,8 @@ class EagerOps:
     def log(self, x: Tensor) -> Tensor:
         return x.log()
 
-    def reciprocal(self, x: Tensor) -> Tensor:
-        return x.reciprocal()
+    def at_least(self, x: Tensor, bound: float) -> Tensor:
+        return x.clamp(min=bound)
 
     def where(self, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.where(condition, a, b)
@@ -103,9 +103,10 @@ class EagerOps:
         return x.narrow(axis, x.shape[axis] - 1, 1)
 
     def unit_lower_inverse(self, x: Tensor) -> Tensor:
-        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        solved: Tensor = torch.linalg.solve_triangular(eye + x, eye.expand_as(x), upper=False, unitriangular=True)
-        return solved
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # LAPACK has no halves
+        eye = torch.eye(x.shape[-1], dtype=wide.dtype, device=x.device)
+        solved: Tensor = torch.linalg.solve_triangular(eye + wide, eye.expand_as(wide), upper=False, unitriangular=True)
+        return solved.to(x.dtype)
 
     def chunks(self, x: Tensor, size: int, axis: int) -> Tensor:
         count = -(-x.shape[axis] // size)

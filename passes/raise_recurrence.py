@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rewriter.graph import Graph, Site
-from rewriter.operator import AbstractMap, AbstractRecurrence
+from rewriter.operator import AbstractMap, AbstractRecurrence, tensors
 from rewriter.passes.structures.householder import HouseholderProduct, HouseholderStructure
 from rewriter.passes.structures.linear_system import LinearSystem, chunked
 from rewriter.rule import AbstractPass, Context, Decision
@@ -58,7 +58,9 @@ def in_factors(system: LinearSystem) -> list[AbstractMap]:
 def in_chunks(system: LinearSystem) -> list[AbstractMap]:
     """The system with the matrices of a chunk, for every length whose matrices are not too large."""
     p, q = (int(dims[-1]) for dims in (system.sequences()["input"], system.results()["output"]))
-    return [chunked(system, length) for length in LENGTHS if length * length * p * q + length * (p + q) * system.order <= MOST]
+    lengths = [length for length in LENGTHS if length * length * p * q + length * (p + q) * system.order <= MOST]
+    found = [chunked(system, length) for length in lengths]
+    return [form for form in found if all(bool(t.isfinite().all()) for t in tensors(form))]  # powers of A may overflow where steps do not
 
 
 def fastest(context: Context, forms: Sequence[AbstractMap]) -> tuple[AbstractMap, str]:

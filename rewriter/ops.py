@@ -99,7 +99,9 @@ class SequenceOps(Ops[V], Protocol[V]):
 
     def log(self, x: V) -> V: ...
 
-    def reciprocal(self, x: V) -> V: ...
+    def at_least(self, x: V, bound: float) -> V:
+        """The larger of each entry and a number."""
+        ...
 
     def where(self, condition: V, a: V, b: V) -> V:
         """a where a boolean value holds, else b; broadcast."""

@@ -264,7 +264,7 @@ def _why_nothing(job: Job) -> str:
     if not job.sites:
         return "the model has no linear, attention, recurrence or adapter site"
     reasons = [d.reason for d in job.decisions.values()]
-    most = max(set(reasons), key=reasons.count)
+    most = max(reasons, key=reasons.count)
     return f"{len(job.sites)} sites were kept, {reasons.count(most)} of them because: {most}"
 
 

@@ -48,7 +48,7 @@ def _first_that_fails(guards: Sequence[str], specs: Sequence[InputSpec], dim: st
         try:
             if not eval(text, {**_NAMES, "L": given}):  # of the grammar that refuse_guard has: sizes, numbers, comparisons
                 failed.append(text)
-        except (KeyError, IndexError, ZeroDivisionError, TypeError):
+        except (KeyError, IndexError, ArithmeticError, TypeError, ValueError):
             continue  # of an input that has another name here
     return min(failed, key=len, default="")
 

@@ -65,7 +65,7 @@ class Raising:
         counts: Counter[str] = Counter()
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-                if node.target is MAP:
+                if node.target is MAP and node.args[3] in self.lengths:
                     counts[str(node.args[3])] += 1
                     path = [where for where, _ in (node.meta.get("nn_module_stack") or {}).values()]
                     node.args = (*node.args[:3], path[-1].removeprefix("L['self'].") if path and path[-1] else node.args[3])

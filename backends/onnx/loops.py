@@ -57,10 +57,12 @@ def _loop(node: ir.Node, const: Const) -> Loop | str:
     body = node.attributes["body"].as_graph()
     step, going, *begins = body.inputs
     again, *results = body.outputs
-    trips, _, *initial = node.inputs
+    trips, start, *initial = node.inputs
     ends, ys = results[: len(begins)], results[len(begins) :]
     if not _always(again, going, const):
         return "a Loop that may stop early"
+    if start is not None and ((held := const(start)) is None or not bool(held)):
+        return "a Loop that may not start"
     if trips is None or any(v is None for v in initial):
         return "a Loop without a count of steps"
     xs = list(_gathered(step, body))
@@ -112,8 +114,11 @@ def _as_long(trips: ir.Value, x: Slice, const: Const) -> bool:
     if shape is None or shape.op_type != "Shape" or shape.inputs[0] is None or index is None:
         return False
     source = shape.inputs[0]
-    begin = shape.attributes["start"].as_int() if "start" in shape.attributes else 0
-    axis = int(index) % _rank(source) + begin
+    begin, end = (shape.attributes[name].as_int() if name in shape.attributes else None for name in ("start", "end"))
+    axes = range(_rank(source))[begin:end]
+    if not -len(axes) <= int(index) < len(axes):
+        return False
+    axis = axes[int(index)]
     if source is x.outer:
         return axis == x.axis
     return source.shape is not None and str(source.shape[axis]) == str(size) != "None"

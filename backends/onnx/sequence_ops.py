@@ -72,8 +72,8 @@ class SequenceOps:
     def log(self, x: Sized) -> Sized:
         return Sized(self._op("Log", x.value), x.axes)
 
-    def reciprocal(self, x: Sized) -> Sized:
-        return Sized(self._op("Reciprocal", x.value), x.axes)
+    def at_least(self, x: Sized, bound: float) -> Sized:
+        return self._elementwise("Max", x, self.literal(torch.full((1,), bound), x))
 
     def where(self, condition: Sized, a: Sized, b: Sized) -> Sized:
         axes = broadcast(condition.axes, broadcast(a.axes, b.axes))

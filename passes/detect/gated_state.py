@@ -7,7 +7,7 @@ import math
 import torch
 
 from rewriter.graph import Value
-from rewriter.passes.detect.reading import Reading, arranged, orders
+from rewriter.passes.detect.reading import Reading, arranged
 from rewriter.passes.detect.step import Step, close
 from rewriter.passes.detect.vector_state import region_reading
 from rewriter.passes.structures.diagonal_recurrence import DiagonalRecurrence
@@ -45,7 +45,7 @@ def _match(step: Step, decay: Value, drive: Value, query: list[Value], lone: boo
     if per % width:
         return None
     form = DiagonalRecurrence(per // width, width, bool(query))
-    inputs = [(root, orders(step.edge[root].dim(), lone)[0]) for root in (decay, drive, *query)]
+    inputs = [(root, range(step.edge[root].dim())) for root in (decay, drive, *query)]
     (end,), ys = step.run(step.state, step.edge)
     (new,), (out,) = form.step(eager_ops(), [state.reshape(rows, -1)], [arranged(step.edge[r], order, lone) for r, order in inputs])
     if not close(new, end.reshape(new.shape)) or (ys and (ys[0].numel() != out.numel() or not close(out, ys[0].reshape(out.shape)))):

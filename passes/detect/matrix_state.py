@@ -45,7 +45,7 @@ def read_matrix_state(step: Step, rng: torch.Generator) -> Reading | NoMatch:
     if len(step.state) != 1 or len(step.ys) != 1:
         return NoMatch(f"{len(step.state)} states and {len(step.ys)} results; one of each can be read")
     (state,) = step.state.values()
-    if state.dim() not in (2, 3, 4):
+    if state.dim() not in (2, 3, 4) or (state.dim() == 2 and step.batched):
         return NoMatch(f"a state of rank {state.dim()}")
     roles = _Roles.of(step, rng)
     refusals = []

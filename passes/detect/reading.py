@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -23,11 +23,10 @@ class Reading:
     said: str  # "gated delta rule, 4 heads of 64 x 64"
 
 
-def orders(rank: int, lone: bool) -> list[tuple[int, ...]]:
+def orders(rank: int, lone: bool) -> Iterator[tuple[int, ...]]:
     """Orders of a step value's axes, the batch axis first, as it is before all others."""
-    if lone:
-        return list(permutations(range(rank)))
-    return [(0, *rest) for rest in permutations(range(1, rank))]
+    front = () if lone else (0,)
+    return ((*front, *rest) for rest in permutations(range(len(front), rank)))
 
 
 def arranged(value: Tensor, order: Sequence[int], lone: bool) -> Tensor:
@@ -59,9 +58,9 @@ def result_port(y: Slice, value: Tensor, flat: Tensor, sizes: Sequence[int], lon
     value = value.squeeze(y.axis) if y.kept else value
     rank = value.dim()
     first = 0 if lone else 1
-    whole = flat.reshape(*flat.shape[: 1 - first + first], *sizes) if not lone else flat.reshape(*sizes)
+    whole = flat.reshape([*flat.shape[:first], *sizes])
     for order in permutations(range(first, whole.dim())):
-        moved = whole.permute(*range(first), *order)
+        moved = whole.permute([*range(first), *order])
         if moved.numel() == value.numel() and close(moved.reshape(value.shape), value):
             return Port(y.outer, _given(y, order, list(value.shape[first:]), sizes, first), lone)
     return NoMatch(f"its result of rank {rank} is no rearrangement of what the state is read to")
@@ -74,7 +73,7 @@ def _given(y: Slice, order: Sequence[int], shape: list[int], sizes: Sequence[int
     axes = [*range(first + 1, first + 1 + len(spread))] if natural else [i + 1 for i in order]
     placed = [0, *axes] if first else list(axes)
     placed.insert(y.axis, first)  # the time axis
-    if spread == (shape[0],) and len(spread) == 1 and natural:
+    if natural and len(spread) == 1:
         spread = ()
     after = tuple(placed) if placed != sorted(placed) else ()
     return Layout(PLAIN.before, 1 if shape else 0, spread, after)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Loop, Node, Place, Region, Site
 from rewriter.operator import AbstractRecurrence
 from rewriter.passes.detect.gated_state import read_gated
@@ -33,7 +34,7 @@ def detect(graph: Graph) -> Iterator[Site]:
             linear = read_identity_rnn(graph, node) if op == "rnn" else None
             reason = f"{LAYERS[op]}: non-linear in its state, kept as the one operator that it is"
             yield _listed(graph, (node,), reason, taken) if linear is None else _found(graph, linear, (node,), taken)
-            yield from matrices(graph, node, listed)
+            yield from matrices(graph, node, listed) if linear is None else ()
         elif op in ("scan", "loop"):
             loop = graph.loop(node)
             yield _listed(graph, (node,), loop, taken) if isinstance(loop, str) else _site(graph, loop, taken)
@@ -54,7 +55,7 @@ def _site(graph: Graph, loop: Loop, taken: set[str]) -> Site:
 
 
 def _found(graph: Graph, reading: Reading, nodes: Sequence[Node], taken: set[str]) -> Site:
-    refused = _entangled(graph, reading.region) or graph.can_splice(reading.region)
+    refused = _mixed(graph, reading.region) or _entangled(graph, reading.region) or graph.can_splice(reading.region)
     if refused:
         return _listed(graph, nodes, f"{reading.said}; {refused}", taken)
     return _listed(graph, nodes, f"{reading.said}: {READ}", taken, reading.region, reading.form)
@@ -76,7 +77,10 @@ def read(graph: Graph, loop: Loop) -> Reading | NoMatch:
         readers = [read_time_invariant, read_gated, read_matrix_state]
     refusals = []
     for reader in readers:
-        found = reader(step, rng)
+        try:
+            found = reader(step, rng)
+        except (RewriteError, RuntimeError, ArithmeticError, IndexError, TypeError, ValueError):
+            found = NoMatch("a linear state, but its sequences and results lie in no order that is read")  # a probe did not fit it
         if isinstance(found, Reading):
             return found
         refusals.append(found)
@@ -90,6 +94,13 @@ def _affine(step: Step, rng: torch.Generator) -> bool:
     zero = {v: torch.zeros_like(s) for v, s in step.state.items()}
     a, b, both, none = ([*ends, *ys] for ends, ys in (step.run(s, step.edge) for s in (step.state, other, total, zero)))
     return all(close(p + q, r + o) for p, q, r, o in zip(a, b, both, none, strict=True))
+
+
+def _mixed(graph: Graph, region: Region) -> str:
+    """Why it cannot be one operator: it has one type."""
+    types = {graph.dtype(p.value) for p in (*region.inputs, *region.outputs) if p is not None}
+    names = sorted(str(t).removeprefix("torch.") for t in types)
+    return f"its sequences, state and results are of types {', '.join(names)}; one type can be raised" if len(types) > 1 else ""
 
 
 def _entangled(graph: Graph, region: Region) -> str:

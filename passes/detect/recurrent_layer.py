@@ -44,9 +44,12 @@ def read_identity_rnn(graph: Graph, node: Node) -> Reading | None:
     parts = [None if v is None else graph.const(v) if graph.is_const(v) else None for v in (w, r, b)]
     if parts[0] is None or parts[1] is None or (b is not None and parts[2] is None):
         return None
-    enter, move, bias = (None if t is None else t[0] for t in parts)
-    assert enter is not None and move is not None
+    enter, move, bias = (None if t is None or t.dim() == 0 else t[0] for t in parts)
+    if enter is None or move is None or move.dim() != 2 or enter.dim() != 2 or not len(enter) == len(move) == move.shape[1]:
+        return None
     h = len(move)
+    if bias is not None and bias.shape != (2 * h,):
+        return None
     shift = torch.zeros(h, dtype=move.dtype) if bias is None else bias[:h] + bias[h:]
     form = LinearSystem(
         Dense(move.T.contiguous()), Dense(enter.T.contiguous()), shift=shift if bool(shift.any()) else (), carried=initial is not None

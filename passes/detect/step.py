@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriteError
-from rewriter.graph import Graph, Loop, Value
+from rewriter.graph import Graph, Loop, Slice, Value
 from rewriter.structure import NoMatch
 from rewriter.tolerances import EQUAL
 
-BATCH = 2  # what a size that varies becomes
+BATCH = 7  # what a size that varies becomes; few axes of a model are as long
 DTYPE = torch.float64
 LAYOUT = {"reshape", "transpose", "unsqueeze", "squeeze", "expand", "identity", "select", "slice", "getitem", "unbind", "split"}
 UNARY = {"cast", "exp", "log", "neg", "sigmoid", "tanh", "relu", "silu", "softplus", "sqrt", "abs", "reciprocal"}
@@ -32,6 +32,7 @@ class Step:
     state: dict[Value, Tensor] = field(default_factory=dict)  # by begin
     x: dict[Value, Tensor] = field(default_factory=dict)  # by inner value
     edge: dict[Value, Tensor] = field(default_factory=dict)  # the boundary, seen through layout, at x
+    batched: bool = False  # the first axis of the state varies
     _depends: dict[Value, bool] = field(default_factory=dict)
 
     @property
@@ -95,7 +96,7 @@ class Step:
 
     def sources(self, value: Value) -> dict[Value, Value] | None:
         """The whole sequences that a value is computed from elementwise, by their slices; None where it is computed otherwise."""
-        found, stack = dict[Value, Value](), [value]
+        found, stack, constants = dict[Value, Value](), [value], list[Value]()
         outer = {x.inner: x for x in self.loop.xs}
         while stack:
             value = stack.pop()
@@ -103,13 +104,22 @@ class Step:
             if value in outer:
                 found[value] = outer[value].outer
             elif self.graph.is_const(value):
-                continue
+                constants.append(value)
             elif node is None or self.graph.op(node) not in ELEMENTWISE:
                 return None
             else:
                 stack.extend(v for v in self.graph.inputs(node) if v is not None)
         alike = {(outer[v].axis, outer[v].kept, tuple(self.x[v].shape)) for v in found}
-        return found if len(alike) == 1 else None
+        if len(alike) != 1 or not all(self._stays(outer[next(iter(found))], c) for c in constants):
+            return None
+        return found
+
+    def _stays(self, x: Slice, constant: Value) -> bool:
+        """Whether the constant meets the same axes of a whole sequence as of one step: all behind the time axis."""
+        shape = list(self.graph.shape(constant) or ())
+        while shape and shape[0] == 1:
+            shape.pop(0)
+        return bool(x.kept or len(shape) < len(self.graph.shape(x.outer) or ()) - x.axis)
 
     def _edges(self) -> list[Value]:
         found, seen, stack = dict[Value, None](), set[Value](), list(reversed([*self.ends, *self.ys]))
@@ -137,11 +147,17 @@ def step_of(graph: Graph, loop: Loop, rng: torch.Generator) -> Step | NoMatch:
         shape = numbers(graph.shape(carry.initial))
         if shape is None or not _float(graph, carry.initial):
             return NoMatch("a state that is no float tensor of known rank")
+        varying = [axis for axis, n in enumerate(graph.shape(carry.initial) or ()) if not isinstance(n, int)]
+        if varying and (varying != [0] or len(shape) == 1):
+            return NoMatch("a state whose sizes vary; the first of several axes may, the batch")
+        step.batched = step.batched or bool(varying)
         step.state[carry.begin] = torch.randn(shape, generator=rng, dtype=DTYPE)
     for x in loop.xs:
         shape = numbers(graph.shape(x.outer))
         if shape is None or not _float(graph, x.outer):
             return NoMatch("a sequence that is no float tensor of known rank")
+        if x.kept and x.axis == 0 and len(shape) > 1:
+            return NoMatch("a sequence whose steps keep their time axis in front")
         shape[x.axis : x.axis + 1] = [1] if x.kept else []
         step.x[x.inner] = torch.rand(shape, generator=rng, dtype=DTYPE) + 0.1
     try:
@@ -150,6 +166,8 @@ def step_of(graph: Graph, loop: Loop, rng: torch.Generator) -> Step | NoMatch:
         ends, _ = step.run(step.state, step.edge)
     except RewriteError as problem:
         return NoMatch(f"its step cannot be evaluated: {problem}")
+    if (other := next((v for v, x in step.edge.items() if not x.is_floating_point()), None)) is not None:
+        return NoMatch(f"its step reads {graph.name(other)}, which is no float")
     if any(e.shape != s.shape for e, s in zip(ends, step.state.values(), strict=True)):
         return NoMatch("a state whose shape changes from step to step")
     return step

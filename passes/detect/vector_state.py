@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rewriter.algebra import Dense, Diagonal
 from rewriter.graph import Region, Value
-from rewriter.passes.detect.reading import Reading, final_port, orders, result_port, sequence_port, state_port, zero
+from rewriter.passes.detect.reading import Reading, final_port, result_port, sequence_port, state_port, zero
 from rewriter.passes.detect.step import DTYPE, Step, close
 from rewriter.passes.structures.diagonal_recurrence import DiagonalRecurrence
 from rewriter.passes.structures.linear_system import LinearSystem
@@ -87,7 +87,7 @@ def _system(step: Step, begin: Value, inputs: Mapping[Value, Tensor], lone: bool
     if not close(new, ends[0].reshape(new.shape)) or (ys and not close(out, ys[0].reshape(out.shape))):
         return NoMatch("a linear state that its probing does not reproduce")
     dtype = step.graph.dtype(step.loop.carries[0].initial) or torch.float32
-    return region_reading(step, form.to(dtype), [(name, orders(x.dim(), lone)[0])], lone, describe(a))
+    return region_reading(step, form.to(dtype), [(name, range(x.dim()))], lone, describe(a))
 
 
 def _readout(step: Step, begin: Value, given: Mapping[Value, Tensor], name: Value, lone: bool) -> tuple[Tensor, Tensor, Tensor] | NoMatch:
@@ -131,12 +131,13 @@ def region_reading(
             return port
         ports.append(port)
     ((_, state),) = step.state.items()
-    order = orders(state.dim(), lone)[0]
+    order = tuple(range(state.dim()))
     _, ys = step.run(step.state, step.edge)
     result = None
     if ys:
-        sizes = [n for i, n in enumerate(ys[0].shape) if (lone or i) and not (step.loop.ys[0].kept and i == step.loop.ys[0].axis)]
-        found = result_port(step.loop.ys[0], ys[0], ys[0].reshape(1 if lone else state.shape[0], -1), sizes, lone)
+        y = step.loop.ys[0]
+        sizes = list((ys[0].squeeze(y.axis) if y.kept else ys[0]).shape[0 if lone else 1 :])
+        found = result_port(y, ys[0], ys[0].reshape(1 if lone else state.shape[0], -1), sizes, lone)
         if isinstance(found, NoMatch):
             return found
         result = found

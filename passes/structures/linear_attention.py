@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from rewriter.operator import AbstractRecurrence, Dims
 from rewriter.ops import AnySequenceOps
 
 CHUNK = 32  # sub-steps; the inverse costs the cube of it, and the scan across chunks runs the less often
-NEVER = -1e30  # whose exponential is 0, whatever is added to it
+RESET = -1e4  # a logarithm whose exponential is 0; an infinite one would make 0 times infinity of sums
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,16 @@ class LinearAttention(AbstractRecurrence):
         token = torch.arange(size)
         sees = token.repeat_interleave(self.group)[:, None] >= token.repeat_interleave(self.factors)
         decay = self._decay(ops, x["decay"], size) if self.decay else None
-        rows = {"query": q, "key": ops.swap(k), "attention": self._masked(ops, ops.contract(q, ops.swap(k)), sees, decay and decay[:2])}
+        attention = ops.mul(ops.contract(q, ops.swap(k)), ops.literal(sees.float(), q))
+        rows = {"query": q, "key": ops.swap(k), "attention": attention}
         if decay:
-            at_query, at_key, end = decay
-            rows |= {"since": ops.exp(at_query), "until": ops.exp(ops.sub(end, at_key)), "all": ops.exp(end)}
+            since, between = decay
+            rows["attention"] = ops.mul(attention, self._repeated(ops, between, size, self.group, self.factors))
+            rows["since"], rows["all"] = self._repeated(ops, since, size, self.group), ops.last(since, -2)
+            rows["until"] = self._repeated(ops, ops.swap(ops.last(between, -2)), size, self.factors)
         if self.rule == "delta":
             beta = self._rows(ops, x["beta"], size, self.heads, self.factors, 1)
-            v, rows["erase"] = self._wy(ops, k, v, beta, decay and decay[1])
+            v, rows["erase"] = self._wy(ops, k, v, beta, decay)
         rows["write"] = v
 
         def chunk(carry: Sequence[Any], given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -148,34 +150,35 @@ class LinearAttention(AbstractRecurrence):
         x = ops.swap(ops.unfold(x, inner, heads, width), -3, -2) if major else ops.unfold(x, heads, inner, width)
         return ops.unfold(ops.fold(ops.swap(x, -4, -3), 3), size * inner, width)
 
-    def _decay(self, ops: AnySequenceOps, g: Any, size: int) -> tuple[Any, Any, Any]:
-        """Running sums within a chunk: at each query, at each sub-step, both (.., heads, rows, 1), and at the end (.., heads, 1, 1)."""
-        sums = ops.cumulate(ops.chunks(g, size, 1), -2)
-        ends = ops.unfold(ops.fold(ops.last(sums, -2)), self.heads, 1, 1)
+    def _decay(self, ops: AnySequenceOps, g: Any, size: int) -> tuple[Any, Any]:
+        """e^{G_i} (.., heads, tokens, 1) and D (.., heads, tokens, tokens) within a chunk.
 
-        def rows(count: int) -> Any:
-            wide = ops.mul(ops.unfold(sums, self.heads, 1, 1), ops.literal(torch.ones(count, 1), g))
-            return ops.unfold(ops.fold(ops.swap(wide, -4, -3), 3), size * count, 1)
-
-        return rows(self.group), rows(self.factors), ends
+        Sums from a token on, never differences of sums from the begin: after a reset those are of numbers too large to differ.
+        """
+        g = self._rows(ops, ops.at_least(g, RESET), size, self.heads, 1, 1)
+        below = ops.literal(torch.ones(size, size).tril(-1), g)
+        between = ops.exp(ops.cumulate(ops.mul(g, below), -2))
+        return ops.exp(ops.cumulate(g, -2)), ops.mul(between, ops.literal(torch.ones(size, size).tril(), g))
 
     @staticmethod
-    def _masked(ops: AnySequenceOps, product: Any, sees: Tensor, decay: tuple[Any, Any] | None) -> Any:
-        """The product where row i sees column j, times e^{G_i - G_j}; masked before the exponential, which overflows elsewhere."""
-        if decay is None:
-            return ops.mul(product, ops.literal(sees.float(), product))
-        hidden = ops.literal(torch.where(sees, 0.0, NEVER), product)
-        return ops.mul(product, ops.exp(ops.add(ops.sub(decay[0], ops.swap(decay[1])), hidden)))
+    def _repeated(ops: AnySequenceOps, x: Any, size: int, rows: int, columns: int = 1) -> Any:
+        """(.., size, n) with each row, and for n = size each column, so many times."""
+        eye = torch.eye(size)
+        if rows > 1:
+            x = ops.contract(ops.literal(eye.repeat_interleave(rows, 0), x), x)
+        return ops.contract(x, ops.literal(eye.repeat_interleave(columns, 1), x)) if columns > 1 else x
 
-    def _wy(self, ops: AnySequenceOps, k: Any, v: Any, beta: Any, decay: Any | None) -> tuple[Any, Any]:
+    def _wy(self, ops: AnySequenceOps, k: Any, v: Any, beta: Any, decay: tuple[Any, Any] | None) -> tuple[Any, Any]:
         """T (beta V) and T (beta K e^G); what scales the rows of V and K scales the columns of T, which are fewer."""
-        rows = (CHUNK // self.factors or 1) * self.factors
-        before = torch.ones(rows, rows).tril(-1).bool()
-        lower = self._masked(ops, ops.contract(k, ops.swap(k)), before, None if decay is None else (decay, decay))
+        size = max(1, CHUNK // self.factors)
+        rows = size * self.factors
+        lower = ops.mul(ops.contract(k, ops.swap(k)), ops.literal(torch.ones(rows, rows).tril(-1), k))
+        if decay:
+            lower = ops.mul(lower, self._repeated(ops, decay[1], size, self.factors, self.factors))
         inverse = ops.mul(ops.unit_lower_inverse(ops.mul(lower, beta)), ops.swap(beta))
         write = ops.contract(inverse, v)
-        if decay is not None:
-            inverse = ops.mul(inverse, ops.swap(ops.exp(decay)))
+        if decay:
+            inverse = ops.mul(inverse, ops.swap(self._repeated(ops, decay[0], size, self.factors)))
         return write, ops.contract(inverse, k)
 
     @classmethod

@@ -76,6 +76,32 @@ def test_chunks_equal_the_steps(factors: int, rule: str, decay: str, dtype: torc
             close(a, b)
 
 
+@pytest.mark.parametrize("reset", [-1e2, -1e3, -1e5, -1e8, -float("inf")])
+@pytest.mark.parametrize(("rule", "factors"), [("delta", 1), ("delta", 2), ("plain", 1)])
+def test_a_reset_forgets_and_leaves_what_follows_as_exact(rule: str, factors: int, reset: float) -> None:
+    """Decays after it are sums of their own, no differences of sums that the reset made large."""
+    form = LinearAttention(2, 5, 3, 4, 1, factors, rule, "head", 0.5)
+    given = feeds(form, 70, 2)
+    given["decay"][:, [3, 40]] = reset
+    results = {name: form.spelled(name, OPS, *given.values()) for name in form.forms()}
+    model = stacked_maps([form])
+    attach(model, lambda *_: "chunked")
+    session = Session(ir.to_proto(model).SerializeToString(), 1)
+    results["onnx"] = tuple(session(given).values())
+    for found in results.values():
+        for a, b in zip(found, results["sequential"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_run_in_chunks(dtype: torch.dtype) -> None:
+    form = LinearAttention(2, 5, 3, 2, 2, 1, "delta", "head", 0.5)
+    given = feeds(form, 40, 2, dtype)
+    for a, b in zip(form.spelled("chunked", OPS, *given.values()), form.spelled("sequential", OPS, *given.values()), strict=True):
+        assert a.dtype == dtype
+        close(a, b)
+
+
 @settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 140), st.booleans(), st.integers(0, 99))
 def test_any_shape(heads: int, key: int, width: int, factors: int, tokens: int, decay: bool, seed: int) -> None:
