@@ -69,6 +69,8 @@ def read(graph: Graph, loop: Loop) -> Reading | NoMatch:
     step = step_of(graph, loop, rng)
     if isinstance(step, NoMatch):
         return step
+    if op := step.beyond(step.edge):
+        return NoMatch(f"non-linear in its state, or not known to be linear: {op} lies on its way")
     if not _affine(step, rng):
         return NoMatch("non-linear in its state")
     (state, *_) = step.state.values()

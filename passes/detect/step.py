@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriteError
-from rewriter.graph import Graph, Loop, Slice, Value
+from rewriter.graph import Graph, Loop, Node, Slice, Value
 from rewriter.structure import NoMatch
 from rewriter.tolerances import EQUAL
 
@@ -21,6 +21,10 @@ DTYPE = torch.float64
 LAYOUT = {"reshape", "transpose", "unsqueeze", "squeeze", "expand", "identity", "select", "slice", "getitem", "unbind", "split"}
 UNARY = {"cast", "exp", "log", "neg", "sigmoid", "tanh", "relu", "silu", "softplus", "sqrt", "abs", "reciprocal"}
 ELEMENTWISE = {"add", "sub", "mul", "div", *UNARY}
+# Of numbers from anywhere these are sums and products, so what agrees on random ones agrees on all; a clamp agrees only where it is idle.
+SUMS = {"aten.sum", "aten.mean", "ReduceSum", "ReduceMean", "add", "sub", "rsub", "neg", "concat", "stack", "repeat", "repeat_interleave"}
+PRODUCTS = {"mul", "matmul", "linear", "addmm", "gemm", "einsum", "outer", "conv", "aten.dot", "aten.addcmul"}
+POLYNOMIAL = LAYOUT | SUMS | PRODUCTS | {"aten.flip", "aten.roll"}
 
 
 @dataclass
@@ -73,6 +77,30 @@ class Step:
             else:
                 self._depends[top] = any(self._depends[v] for v in inputs)
         return self._depends[value]
+
+    def beyond(self, inputs: Mapping[Value, Tensor]) -> str:
+        """The first operation on the way from a state or from `inputs` that is no sum or product of what varies; "" without one."""
+        seen, stack = set[Value](), [*self.ends, *self.ys]
+        while stack:
+            value = stack.pop()
+            if value in seen or value in inputs or value in self.state or self.graph.is_const(value):
+                continue
+            seen.add(value)
+            node = self.graph.producer(value)
+            if node is None or self.graph.op(node) in ("fill", "zeros"):
+                continue
+            if not self._polynomial(node, value, inputs):
+                return self.graph.op(node)
+            stack.extend(v for v in self.graph.inputs(node) if v is not None)
+        return ""
+
+    def _polynomial(self, node: Node, value: Value, inputs: Mapping[Value, Tensor]) -> bool:
+        op, given = self.graph.op(node), self.graph.inputs(node)
+        if op == "cast":
+            return all(v is not None and _float(self.graph, v) for v in (given[0], value))
+        if op == "div":
+            return given[1] is None or self.graph.is_const(given[1]) or (inputs is self.edge and not self.depends(given[1]))
+        return op in POLYNOMIAL or self.graph.sliced(value) is not None
 
     def _factors(self, root: Value) -> list[Value]:
         """The two that an outer product as large as a state is made of."""

@@ -32,7 +32,7 @@ def read_time_invariant(step: Step, rng: torch.Generator) -> Reading | NoMatch:
     if step.state[begin].numel() > MOST_STATES * (1 if lone else step.state[begin].shape[0]):
         return NoMatch(f"more than {MOST_STATES} states")
     for inputs in (step.x, step.edge):
-        if len(inputs) == 1 and _constant(step, begin, inputs, rng):
+        if len(inputs) == 1 and not step.beyond(inputs) and _constant(step, begin, inputs, rng):
             return _system(step, begin, inputs, lone)
     return NoMatch("a transition that changes from step to step")
 

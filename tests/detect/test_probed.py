@@ -14,7 +14,7 @@ from torch.export import Dim
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.passes.detect.recurrence import detect
-from tests.detect.loops import onnx_loop
+from tests.detect.loops import onnx_loop, to_onnx
 from tests.detect.test_recurrence import equal, only, raised
 
 B, T, N = 2, 5, 6
@@ -88,6 +88,51 @@ def test_a_constant_that_meets_the_time_axis_is_not_lifted_out(length: int) -> N
     inputs = (*(torch.rand(B, T, length, n) for n in (4, 4, N)), torch.rand(B, T, length))
     (site,) = detect(FxGraph.of(torch.export.export(HeadFirst(), inputs)))
     assert site.form is None
+
+
+def clamped_state(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = (x[0] * h + x[1]).clamp(-20, 20)
+    return h, h
+
+
+def clamped_result(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = x[0] * h + x[1]
+    return h, h.clamp(-100, 100)
+
+
+def shifted_relu(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = 0.5 * h + x[0]
+    return h, torch.relu(h + 30) - 30
+
+
+def thresholded(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = 0.5 * h + x[0]
+    return torch.where(h.abs() > 50, torch.zeros_like(h), h), h
+
+
+def rounded(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = 0.5 * h + x[0]
+    return h, h + 1e-12 * h.to(torch.int64)
+
+
+@pytest.mark.parametrize("onnx", [False, True], ids=["torch", "onnx"])
+@pytest.mark.parametrize("body", [clamped_state, clamped_result, shifted_relu, thresholded, rounded])
+def test_what_is_linear_only_for_small_numbers_is_listed(body: Body, onnx: bool) -> None:
+    g = graph(body, (torch.rand(B, N), torch.rand(T, B, N), torch.rand(T, B, N)), None)
+    site = only(OnnxGraph(to_onnx(g.program)) if onnx else g)
+    assert site.form is None and "not known to be linear" in site.reason
+
+
+def test_a_sequence_that_the_step_clamps_is_no_plain_input() -> None:
+    site = only(graph(lambda h, x: ((h := 0.5 * h + x[0].clamp(-20, 20)), h), (torch.rand(B, N), torch.rand(T, B, N))))
+    assert site.form is None
+
+
+def test_a_number_of_the_step_may_divide() -> None:
+    inputs = (torch.rand(B, N), torch.rand(T, B, N), torch.rand(T, B, N) + 1)
+    g = graph(lambda h, x: ((h := 0.5 * h + x[0] * 3 / 4), h), inputs[:2])
+    assert only(g).form is not None
+    equal(g, raised(g), {"state": inputs[0], "x": inputs[1]})
 
 
 def test_types_that_differ_are_listed() -> None:
