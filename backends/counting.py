@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewriter.backends.eager import EagerOps
 from rewriter.cost import Cost
-from rewriter.operator import AbstractMap, flatten, tensors, unflatten
+from rewriter.operator import AbstractMap, AbstractRecurrence, flatten, tensors, unflatten
 from rewriter.ops import Step
 
 _FREE = {
@@ -50,12 +50,13 @@ class CountingOps(EagerOps):
 
 
 def counted(operator: AbstractMap, tokens: int) -> Cost:
-    """Of the last form, for one sequence of `tokens` tokens (and as many keys)."""
+    """For one sequence of `tokens` tokens (and as many keys), of the last form; of a recurrence step by step: chunks round tokens up."""
     leaves, spec = flatten(operator)
-    bare = unflatten(spec, [leaf.to("meta") for leaf in leaves])
+    bare: Any = unflatten(spec, [leaf.to("meta") for leaf in leaves])
     ops = CountingOps()
     shapes = {x: [n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for x, dims in operator.inputs().items()}
     types = {x: torch.bool for x in operator.booleans()}
-    bare.apply(ops, *[torch.empty(shape, dtype=types.get(x, torch.float32), device="meta") for x, shape in shapes.items()])
+    form = bare.forms()[0 if isinstance(bare, AbstractRecurrence) else -1]
+    bare.spelled(form, ops, *[torch.empty(shape, dtype=types.get(x, torch.float32), device="meta") for x, shape in shapes.items()])
     stored = tensors(operator)
     return Cost(sum(t.numel() for t in stored), ops.flops, sum(t.nbytes for t in stored))

@@ -119,7 +119,7 @@ class AbstractMap(AbstractOperator):
         return self.spelled(self.forms()[-1], ops, *inputs)
 
     def cost(self, tokens: int = 1) -> Cost:
-        """Of the last form, for one sequence of `tokens` tokens."""
+        """For one sequence of `tokens` tokens: of the last form, or of a recurrence's steps."""
         from rewriter.registry import counted
 
         cost: Cost = counted(self, tokens)

@@ -38,6 +38,7 @@ from rewriter.select import select
 from rewriter.verify import certify, load_metric
 from rewriter.versions import versions, warn_untested
 
+UNSEEN = "no pass looked at it"
 ELSEWHERE = ("out", "cache", "force", "quiet")  # where a run's files lie and how it spoke: nothing of the model
 
 
@@ -225,7 +226,7 @@ def _decide(job: Job) -> tuple[int, str] | None:
             job.decisions[decision.site.id] = decision
         step.ensures(job.graph)
     for site in job.sites:
-        job.decisions.setdefault(site.id, Decision(site, site.reason or "no pass looked at it", site_cost(site), site_cost(site)))
+        job.decisions.setdefault(site.id, Decision(site, site.reason or UNSEEN, site_cost(site), site_cost(site)))
     if job.options.max_error is None or not job.rewritten:
         return None
     return _bound(job, job.options.max_error)
@@ -263,7 +264,8 @@ def _bound(job: Job, bound: float) -> tuple[int, str] | None:
 def _why_nothing(job: Job) -> str:
     if not job.sites:
         return "the model has no linear, attention, recurrence or adapter site"
-    reasons = [d.reason for d in job.decisions.values()]
+    seen = [d.reason for d in job.decisions.values() if d.reason != UNSEEN]
+    reasons = seen or [UNSEEN]
     most = max(reasons, key=reasons.count)
     return f"{len(job.sites)} sites were kept, {reasons.count(most)} of them because: {most}"
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import pkgutil
 from importlib.metadata import entry_points
 from typing import Any
 
 from rewriter.errors import RewriteError
+
+TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def _import_folder(package: str) -> list[Any]:
@@ -116,11 +119,15 @@ def _construct(kind: Any, name: str, options: list[str], besides: tuple[str, ...
 def _value(name: str, key: str, text: str, kind: str) -> Any:
     convert: Any = int if "int" in kind else float if "float" in kind else str
     if "bool" in kind:
-        return text.lower() in ("1", "true", "yes")
+        if text.lower() not in TRUTHS:
+            raise RewriteError(f"{name}:{key}={text} cannot be read; give true or false")
+        return TRUTHS[text.lower()]
     try:
         value = convert(text)
     except ValueError:
         raise RewriteError(f"{name}:{key}={text} cannot be read; give {'a whole number' if convert is int else 'a number'}") from None
+    if convert is float and not math.isfinite(value):
+        raise RewriteError(f"{name}:{key}={text} is out of range; give a finite number")
     if convert is int and value < 1:
         raise RewriteError(f"{name}:{key}={text} is out of range; give a whole number of at least 1")
     return value

@@ -38,9 +38,9 @@ def counted(node: Node, cond: GraphModule, body: GraphModule, stored: Callable[[
     taken: list[Slice] = []
     written: dict[int, Slice] = {}
     for user in _readers(formal[number]):
-        axis: Any = user.args[1]
         if user is results[number]:
             continue
+        axis = _axis(user)
         if user.target is aten.index_select.default and user.args[0] in held:
             taken += _slices(user, held[user.args[0]], axis)
         elif user.target is aten.index_copy.default and user in results and user.args[0] is formal[results.index(user)]:
@@ -61,17 +61,24 @@ def counted(node: Node, cond: GraphModule, body: GraphModule, stored: Callable[[
 def _slices(cut: Node, outer: Node, axis: int) -> Iterator[Slice]:
     """One step of a sequence as the body uses it: without its axis, or with it."""
     for user in cut.users:
-        if user.target is aten.squeeze.dim and user.args[1] == axis:
+        if user.target is aten.squeeze.dim and _axis(user) == axis:
             yield Slice(user, outer, axis)
-    if any(user.target is not aten.squeeze.dim or user.args[1] != axis for user in cut.users):
+    if any(user.target is not aten.squeeze.dim or _axis(user) != axis for user in cut.users):
         yield Slice(cut, outer, axis, kept=True)
 
 
 def _slice(row: Any, outer: Node, axis: int) -> Slice:
     """One step of a result, before it gets an axis."""
-    if row.target is aten.unsqueeze.default and row.args[1] == axis:
+    if row.target is aten.unsqueeze.default and row.args[1] % len(row.meta["val"].shape) == axis:
         return Slice(row.args[0], outer, axis)
     return Slice(row, outer, axis, kept=True)
+
+
+def _axis(node: Node) -> int:
+    """The axis that it names, of its operand, from the front."""
+    operand: Any = node.args[0]
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
+    return int(axis) % max(1, len(operand.meta["val"].shape))
 
 
 def _plus_one(end: Any, begin: Node) -> bool:
@@ -101,6 +108,9 @@ def _count(cond: GraphModule, number: int, operands: Sequence[Any]) -> object:
     if not isinstance(result, Node) or result.target not in (aten.lt.Scalar, aten.lt.Tensor) or result.args[0] is not formal[number]:
         return None
     limit: Any = result.args[1]
+    if limit in formal:  # a size that was taken outside
+        limit = operands[formal.index(limit)]
+        return str(limit.meta["val"]) if isinstance(limit, Node) and isinstance(limit.meta.get("val"), torch.SymInt | int) else None
     if isinstance(limit, Node) and limit.target is aten.sym_size.int and limit.args[0] in formal:
         return _size(operands[formal.index(limit.args[0])], limit.args[1])  # type: ignore[arg-type]
     return str(limit) if isinstance(limit, int) else None

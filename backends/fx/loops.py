@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,19 @@ def loop(node: Node, bodies: Mapping[Graph, Body], const: Callable[[Node], Tenso
 
 def sliced(value: Node) -> tuple[Node, int, int, bool] | None:
     """See rewriter.graph.Graph.sliced."""
+    if (found := _sliced(value)) is None:
+        return None
+    source, *rest = found
+    while source.target is aten.slice.Tensor and _whole(*source.args):  # x[:, t] of a dynamic batch cuts all of axis 0 first
+        source = source.args[0]
+    return source, *rest
+
+
+def _whole(_: Any, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> bool:
+    return start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
+
+
+def _sliced(value: Node) -> tuple[Any, int, int, bool] | None:
     args: Any = (*value.args, None, None, None)
     if value.target is aten.select.int and isinstance(args[2], int):
         return (args[0], *_positive(args[0], args[1], args[2]), False)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeAlias
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -20,7 +19,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from rewriter.backends.files.archive import one_line
-from rewriter.backends.onnx import loops, names, region
+from rewriter.backends.onnx import fingerprint, loops, names, region
 from rewriter.backends.onnx.compute import compute
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
@@ -28,7 +27,6 @@ from rewriter.backends.onnx.opaque import DOMAIN, SPEC, VERSION, is_opaque, spec
 from rewriter.backends.onnx.run import Tapped
 from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.tensors import torch_dtype
-from rewriter.cache import fingerprint
 from rewriter.errors import RewriteError
 from rewriter.graph import Loop, Place, Region, Site
 from rewriter.inputs import InputSpec
@@ -276,8 +274,7 @@ class OnnxGraph:
         return sum(tensors.values())
 
     def fingerprint(self) -> str:
-        stored = (v.const_value for v in self.model.graph.initializers.values())
-        return fingerprint(map(_spelled, self.nodes()), (_bytes(t) for t in stored if t is not None))
+        return fingerprint.of(self.model, self.nodes())
 
     def clone(self) -> OnnxGraph:
         copy = OnnxGraph.__new__(OnnxGraph)
@@ -374,25 +371,6 @@ def _drop_own_functions(model: ir.Model) -> None:
     ours = {node.op_identifier() for node in model.graph.all_nodes() if node.domain == DOMAIN and SPEC in node.metadata_props}
     for identifier in ours & set(model.functions):
         del model.functions[identifier]
-
-
-def _spelled(node: ir.Node) -> str:
-    """All that a node does; nested bodies are walked by themselves."""
-    options = [
-        (a.name, _bytes(a.as_tensor())[1].tobytes() if a.type == ir.AttributeType.TENSOR else str(a.value))
-        for a in node.attributes.values()
-        if a.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    ]
-    values = [[v.name if v is not None else None for v in side] for side in (node.inputs, node.outputs)]
-    return f"{node.domain} {node.op_type} {values} {options}"
-
-
-def _bytes(tensor: ir.TensorProtocol) -> tuple[str, memoryview]:
-    """Its name and type, and its bytes."""
-    held = np.asarray(tensor.numpy())
-    if held.dtype.kind == "O":  # text
-        held = np.frombuffer(repr(held.tolist()).encode(), np.uint8)
-    return f"{tensor.name} {tensor.dtype} {list(held.shape)}", np.ascontiguousarray(held).reshape(-1).view(np.uint8).data
 
 
 def _replace(old: ir.Value, new: ir.Value) -> None:

@@ -222,15 +222,12 @@ class SequenceOps:
         formal = [v.value for v in [*carried, *rows]]
         body = ir.Graph(formal, results, nodes=self.tape.nodes, name=f"{mine}_body")
         self.tape = outer
-        attributes: dict[str, Any] = {
-            "body": body,
-            "num_scan_inputs": len(xs),
-            "scan_input_axes": [1] * len(xs),
-            "scan_output_axes": [1] * len(ys),
-        }
-        found = self.tape.op_multi_out("Scan", [v.value for v in [*states, *xs]], attributes, num_outputs=len(results))
+        attributes: dict[str, Any] = {"body": body, "num_scan_inputs": len(xs)}
+        first = [self.swap(x, 0, 1) for x in xs]  # ONNX Runtime divides by zero where it moves the time axis of an empty sequence itself
+        found = self.tape.op_multi_out("Scan", [v.value for v in [*states, *first]], attributes, num_outputs=len(results))
         last = [Sized(v, s.axes) for v, s in zip(found, states, strict=False)]
-        return last, [Sized(v, (y.axes[0], None, *y.axes[1:])) for v, y in zip(found[len(states) :], ys, strict=True)]
+        given = [Sized(v, (None, *y.axes)) for v, y in zip(found[len(states) :], ys, strict=True)]
+        return last, [self.swap(y, 0, 1) for y in given]
 
 
 def map_function(spec: str, opset: int, lowering: str) -> ir.Function:

@@ -24,6 +24,7 @@ from rewriter.registry import eager_ops
 from rewriter.structure import NoMatch
 
 NEITHER = "a linear state, but no linear attention and no delta rule"
+WIDTHS = "a linear state, but its sequences have other widths than a delta rule's"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def read_matrix_state(step: Step, rng: torch.Generator) -> Reading | NoMatch:
             if isinstance(reading, Reading):
                 return reading
             refusals.append(reading)
-    return refusals[-1] if refusals else NoMatch(NEITHER)
+    told = [r for r in refusals if r.reason not in (NEITHER, WIDTHS)]  # of an assignment that fits further
+    return [*told, *refusals, NoMatch(NEITHER)][0]
 
 
 def _views(state: Tensor) -> Iterator[_View]:
@@ -159,7 +161,7 @@ def _form(step: Step, view: _View, roots: Mapping[str, Value], rates: Tensor | N
     whole = [n for n in (factors, queries, keys) if n >= 1 and n == int(n)]
     fits = len(whole) == 3 and view.heads % keys == 0 and (view.heads % queries == 0 or queries % view.heads == 0)
     if not fits or decay == "?" or sizes.get("beta", factors * view.heads) != factors * view.heads:
-        return NoMatch("a linear state, but its sequences have other widths than a delta rule's")
+        return NoMatch(WIDTHS)
     rule = "delta" if "beta" in roots else "plain"
     form = LinearAttention(view.heads, view.key, view.width, int(queries), int(keys), int(factors), rule, decay)
     return form if rates is None else Retention.of(form, rates)

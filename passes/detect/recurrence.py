@@ -13,7 +13,7 @@ from rewriter.passes.detect.gated_state import read_gated
 from rewriter.passes.detect.linear import unique
 from rewriter.passes.detect.matrix_state import describe, read_matrix_state
 from rewriter.passes.detect.reading import Reading
-from rewriter.passes.detect.recurrent_layer import LAYERS, matrices, read_identity_rnn
+from rewriter.passes.detect.recurrent_layer import LAYERS, kind_of, matrices, read_identity_rnn
 from rewriter.passes.detect.recurrent_node import read_linear_attention
 from rewriter.passes.detect.step import Step, close, step_of
 from rewriter.passes.detect.unrolled import unrolled
@@ -32,7 +32,7 @@ def detect(graph: Graph) -> Iterator[Site]:
         op = graph.op(node)
         if op in LAYERS:
             linear = read_identity_rnn(graph, node) if op == "rnn" else None
-            reason = f"{LAYERS[op]}: non-linear in its state, kept as the one operator that it is"
+            reason = f"{LAYERS[op]}: {kind_of(graph, node)}, kept as the one operator that it is"
             yield _listed(graph, (node,), reason, taken) if linear is None else _found(graph, linear, (node,), taken)
             yield from matrices(graph, node, listed) if linear is None else ()
         elif op in ("scan", "loop"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -32,14 +33,24 @@ def matrices(graph: Graph, node: Node, listed: set[str]) -> Iterator[Site]:
         yield Site(stored, stored, "linear", shape, tensor.dtype, (Place((node,), value, y),), {"weight": ref}, None, reason)
 
 
+def kind_of(graph: Graph, node: Node) -> str:
+    """Why a layer is not raised."""
+    given = graph.attributes(node)
+    affine = graph.op(node) == "rnn" and set(_activations(given)) == {"Affine"} and not given.get("clip")
+    return "linear, but backwards, of another layout or scaled by its activation" if affine else "non-linear in its state"
+
+
+def _activations(given: Mapping[str, Any]) -> list[str]:
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in given.get("activations", ())]
+
+
 def read_identity_rnn(graph: Graph, node: Node) -> Reading | None:
     """An ONNX RNN, forwards, of activation Affine(1, 0): Y (time, 1, batch, h) of X (time, batch, n)."""
     given = graph.attributes(node)
-    names = [name.decode() if isinstance(name, bytes) else str(name) for name in given.get("activations", ())]
     slope = (tuple(given.get("activation_alpha", ())), tuple(given.get("activation_beta", ())))
     plain = given.get("direction", "forward") in ("forward", b"forward") and not given.get("layout", 0) and not given.get("clip")
     x, w, r, b, lengths, initial = (*graph.inputs(node), None, None, None)[:6]
-    if names != ["Affine"] or slope != ((1.0,), (0.0,)) or not plain or lengths is not None:
+    if _activations(given) != ["Affine"] or slope != ((1.0,), (0.0,)) or not plain or lengths is not None:
         return None
     parts = [None if v is None else graph.const(v) if graph.is_const(v) else None for v in (w, r, b)]
     if parts[0] is None or parts[1] is None or (b is not None and parts[2] is None):

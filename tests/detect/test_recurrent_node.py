@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from rewriter import rewrite
@@ -15,6 +16,7 @@ from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.passes.detect.recurrence import detect
 from rewriter.passes.structures.linear_attention import LinearAttention
+from rewriter.tolerances import EQUAL
 
 BATCH, TIME, KEY, WIDTH = 2, 5, 4, 3
 RULES = ("linear", "gated", "delta", "gated_delta")
@@ -70,7 +72,7 @@ def test_a_node_is_raised(domain: str, name: str, tmp_path: Any) -> None:
     assert "LinearAttention" not in held
     for time in (1, TIME, 70):
         for a, b in zip(run(after, time), run(before, time), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(a, b, *EQUAL[torch.float32])
 
 
 def test_a_beta_that_all_heads_share_is_refused(tmp_path: Any) -> None:

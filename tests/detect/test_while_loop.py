@@ -18,23 +18,41 @@ from tests.detect.test_recurrence import equal, only, raised
 class Counting(torch.nn.Module):
     """Steps from `start` to the length (less `short`, or the whole number `stop`), by `stride`; `peeks` at what it has written."""
 
-    def __init__(self, case: Case, start: int = 0, stride: int = 1, short: int = 0, stop: int = 0, peeks: bool = False) -> None:
+    def __init__(
+        self,
+        case: Case,
+        start: int = 0,
+        stride: int = 1,
+        short: int = 0,
+        stop: int = 0,
+        peeks: bool = False,
+        outside: bool = False,
+        axis: int = 1,
+    ) -> None:
         super().__init__()
         self.step, self.start, self.stride, self.short, self.stop, self.peeks = case.function, start, stride, short, stop, peeks
+        self.outside, self.axis = outside, axis
+
+    def cut(self, x: Tensor, at: Tensor) -> Tensor:
+        axis = 1 if self.axis > 0 else 1 - x.dim()
+        return x.index_select(axis, at).squeeze(axis)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *xs, state = inputs
         y = torch.zeros_like(self.step(state, [x[:, 0] for x in xs])[1])
         y = y.unsqueeze(1).repeat_interleave(xs[0].shape[1], 1)
 
+        length = xs[0].size(1)
+
         def going(i: Tensor, *_: Tensor) -> Tensor:
-            return i < (self.stop or xs[0].size(1) - self.short)
+            return i < (length if self.outside else self.stop or xs[0].size(1) - self.short)
 
         def body(i: Tensor, state: Tensor, y: Tensor) -> Sequence[Tensor]:
             at = i.reshape(1)
-            new, row = self.step(state, [x.index_select(1, at).squeeze(1) for x in xs])
+            new, row = self.step(state, [self.cut(x, at) for x in xs])
             row = row + y[:, 0] if self.peeks else row
-            return i + self.stride, new.clone(), y.index_copy(1, at, row.unsqueeze(1))
+            axis = 1 if self.axis > 0 else 1 - y.dim()
+            return i + self.stride, new.clone(), y.index_copy(axis, at, row.unsqueeze(axis))
 
         _, state, y = while_loop(going, body, (torch.tensor(self.start), state, y))
         return y, state
@@ -57,6 +75,14 @@ def test_it_is_read(name: str) -> None:
     after = raised(graph)
     for time in (1, 4, 7, 65):
         equal(graph, after, case.feeds(time))
+
+
+@pytest.mark.parametrize("options", [{"outside": True}, {"axis": -1}], ids=["length-taken-outside", "axes-from-the-end"])
+def test_other_spellings_are_read(options: dict[str, int]) -> None:
+    case = CASES["gated"]
+    graph = graph_of(case, **options)
+    after = raised(graph)
+    equal(graph, after, case.feeds(7))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -72,6 +74,21 @@ def test_a_scan_becomes_one_node(target: str, tmp_path: Path) -> None:
     assert "in one node" in reason(result)
     assert any("at 1, " in note and "129 tokens" in note for note in result.report.notes)
     same(model, result, target, 1e-5)
+
+
+def test_an_empty_sequence_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    """ONNX Runtime's Scan refuses it; one whose time axis is not in front divided by zero and took the process along."""
+    result = run(Linear(stable(), last=True), "raise-recurrence", "onnxruntime", tmp_path)
+    text = "import numpy, onnxruntime, sys; s = onnxruntime.InferenceSession(sys.argv[1])"
+    feed = f"s.run(None, {{'x': numpy.zeros((2, 0, {CHANNELS}), 'float32')}})"
+    done = subprocess.run([sys.executable, "-c", f"{text}; {feed}", str(result.path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Scan" in done.stderr
+
+
+def test_chunks_that_are_no_faster_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "seconds", lambda self, forms: [[1.0] + [0.95] * (len(forms) - 1)])
+    result = run(Linear(stable()), "raise-recurrence", "onnxruntime", tmp_path)
+    assert [row.structure for row in result.report.sites if row.kind == "recurrence"] == ["LinearSystem"]
 
 
 def test_a_node_survives_the_conversion_of_an_old_opset(tmp_path: Path) -> None:

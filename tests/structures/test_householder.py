@@ -13,6 +13,7 @@ from rewriter.moments import Moments, isotropic
 from rewriter.operator import flatten, tensors, unflatten
 from rewriter.passes.solvers.householder import Reflectors
 from rewriter.passes.structures.householder import HouseholderProduct, HouseholderStructure, folded
+from rewriter.errors import RewriteError
 from rewriter.registry import eager_ops, parse_passes, structures
 from rewriter.structure import Fitted, NoMatch
 from rewriter.tolerances import EQUAL, EXACT
@@ -214,3 +215,16 @@ def test_auto_takes_it_near_the_identity_only() -> None:
         names.append(fits[0].spelling.partition(":")[0])
     assert names[0] == "householder"
     assert "householder" not in names[1:]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "said"),
+    [
+        ("householder:contraction=maybe", "cannot be read; give true or false"),
+        ("monarch-attention:error=inf", "out of range; give a finite number"),
+        ("diagonalize:error=1e400", "out of range; give a finite number"),
+    ],
+)
+def test_values_that_no_option_has_are_refused(spelled: str, said: str) -> None:
+    with pytest.raises(RewriteError, match=said):
+        parse_passes(spelled)

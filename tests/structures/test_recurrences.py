@@ -90,7 +90,7 @@ def test_a_reset_forgets_and_leaves_what_follows_as_exact(rule: str, factors: in
     results["onnx"] = tuple(session(given).values())
     for found in results.values():
         for a, b in zip(found, results["sequential"], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
