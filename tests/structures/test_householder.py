@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rewriter.errors import RewriteError
 from rewriter.fit import fit_families
 from rewriter.moments import Moments, isotropic
 from rewriter.operator import flatten, tensors, unflatten
 from rewriter.passes.solvers.householder import Reflectors
 from rewriter.passes.structures.householder import HouseholderProduct, HouseholderStructure, folded
-from rewriter.errors import RewriteError
 from rewriter.registry import eager_ops, parse_passes, structures
 from rewriter.structure import Fitted, NoMatch
 from rewriter.tolerances import EQUAL, EXACT
