@@ -35,10 +35,7 @@ class Diagonalize(AbstractPass):
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         if not self.error > 0:
             raise RewriteError(f"{self.name}:error={self.error} is out of range; give a relative error above 0, such as 0.001")
-        for site in context.selected:
-            earlier = context.decisions.get(site.id)
-            if site.kind == "recurrence":
-                yield earlier if earlier is not None and earlier.rewritten else self._decided(graph, context, site)
+        return context.decide("recurrence", lambda site: self._decided(graph, context, site))
 
     def _decided(self, graph: Graph, context: Context, site: Site) -> Decision:
         form = site.form

@@ -27,10 +27,7 @@ class FuseAttention(AbstractPass):
     summary: ClassVar[str] = "attention spelled out becomes one operation: aten SDPA, ONNX Attention, com.microsoft's; exact"
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        for site in context.selected:
-            if site.kind == "attention":
-                earlier = context.decisions.get(site.id)
-                yield earlier if earlier is not None and earlier.rewritten else self._fused(graph, context, site)
+        return context.decide("attention", lambda site: self._fused(graph, context, site))
 
     @staticmethod
     def _fused(graph: Graph, context: Context, site: Site) -> Decision:

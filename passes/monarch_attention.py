@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rewriter.calibrate import padding_mask, unpadded
-from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Port, Site, Value
 from rewriter.inputs import dim_names
+from rewriter.passes.fuse_attention import per_token
 from rewriter.passes.structures.attention import Attention
 from rewriter.passes.structures.monarch_attention import MonarchAttention
 from rewriter.registry import eager_ops
@@ -79,7 +79,7 @@ class MonarchAttentionPass(AbstractPass):
     def _judged(self, context: Context, trial: Trial) -> Decision:
         """By error, then by time."""
         block, asked, site = trial.form.block, max(trial.lengths), trial.site
-        before, after = (Cost(0, form.cost(asked).flops // asked, 0) for form in (trial.dense, trial.form))
+        before, after = per_token(trial.dense, asked), per_token(trial.form, asked)
         kept = Decision(site, "", before, before)
         if trial.others:
             return kept.kept("its keys are not the queries' own tokens: cross attention or a cache")

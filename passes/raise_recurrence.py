@@ -30,10 +30,7 @@ class RaiseRecurrence(AbstractPass):
     summary: ClassVar[str] = "loops that are linear recurrences become one node each: delta rules, linear attention, state spaces; exact"
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        for site in context.selected:
-            earlier = context.decisions.get(site.id)
-            if site.kind == "recurrence":
-                yield earlier if earlier is not None and earlier.rewritten else self._raised(graph, context, site)
+        return context.decide("recurrence", lambda site: self._raised(graph, context, site))
 
     @staticmethod
     def _raised(graph: Graph, context: Context, site: Site) -> Decision:

@@ -98,7 +98,6 @@ class Loop:
     carries: tuple[Carry, ...]
     xs: tuple[Slice, ...]
     ys: tuple[Slice, ...]
-    spelling: str  # "scan" | "loop" | "unrolled"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ what it did can be taken back by `graph.restore`, so a later bound can give a si
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -65,6 +65,13 @@ class Context:
     progress: Progress
     seed: int = 0
     decisions: dict[str, Decision] = field(default_factory=dict)  # of earlier passes, by site id
+
+    def decide(self, kind: str, one: Callable[[Site], Decision]) -> Iterator[Decision]:
+        """The decision on every selected site of a kind; what an earlier pass rewrote stays as it is."""
+        for site in self.selected:
+            if site.kind == kind:
+                earlier = self.decisions.get(site.id)
+                yield earlier if earlier is not None and earlier.rewritten else one(site)
 
     def rng(self, site: Site) -> torch.Generator:
         """The site's own generator: independent of order and of what else is rewritten."""

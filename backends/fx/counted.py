@@ -40,12 +40,11 @@ def counted(node: Node, cond: GraphModule, body: GraphModule, stored: Callable[[
     for user in _readers(formal[number]):
         if user is results[number]:
             continue
-        axis = _axis(user)
         if user.target is aten.index_select.default and user.args[0] in held:
-            taken += _slices(user, held[user.args[0]], axis)
+            taken += _slices(user, held[user.args[0]], _axis(user))
         elif user.target is aten.index_copy.default and user in results and user.args[0] is formal[results.index(user)]:
             k = results.index(user)
-            written[k] = _slice(user.args[3], items.get(k, user), axis)
+            written[k] = _slice(user.args[3], items.get(k, user), _axis(user))
         else:
             return f"torch's while_loop that uses its counter in {user.name}"
     given = [y for k, y in written.items() if k in items]
@@ -55,7 +54,7 @@ def counted(node: Node, cond: GraphModule, body: GraphModule, stored: Callable[[
         return "torch's while_loop whose count is not the length of its sequences"
     carried = [k for k in range(len(initial)) if k != number and k not in written]
     carries = [Carry(formal[k], results[k], initial[k], items[k] if k in items and items[k].users else None) for k in carried]
-    return Loop((node, *items.values()), tuple(carries), tuple(taken), tuple(given), "loop")
+    return Loop((node, *items.values()), tuple(carries), tuple(taken), tuple(given))
 
 
 def _slices(cut: Node, outer: Node, axis: int) -> Iterator[Slice]:

@@ -40,7 +40,7 @@ def loop(node: Node, bodies: Mapping[Graph, Body], const: Callable[[Node], Tenso
     carries = [Carry(b, e, i, items.get(k)) for k, (b, e, i) in enumerate(zip(formal, ends, initial, strict=False))]
     taken = [Slice(inner, outer, 0) for inner, outer in zip(formal[count:], xs, strict=False)]
     given = [Slice(y, items[count + k], 0) for k, y in enumerate(ys) if count + k in items]
-    return Loop((node, *items.values()), tuple(carries), tuple(taken), tuple(given), "scan")
+    return Loop((node, *items.values()), tuple(carries), tuple(taken), tuple(given))
 
 
 def sliced(value: Node) -> tuple[Node, int, int, bool] | None:

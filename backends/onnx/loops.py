@@ -46,7 +46,7 @@ def _scan(node: ir.Node) -> Loop | str:
     xs = [Slice(inner, outer, axis % _rank(outer)) for inner, outer, axis in axes]
     given = zip(body.outputs[states:], node.outputs[states:], _ints(node, "scan_output_axes", outs), strict=True)
     ys = [Slice(inner, outer, axis % _rank(outer)) for inner, outer, axis in given if _read(outer)]
-    return Loop((node,), tuple(carries), tuple(xs), tuple(ys), "scan")
+    return Loop((node,), tuple(carries), tuple(xs), tuple(ys))
 
 
 def _rank(value: ir.Value) -> int:
@@ -73,7 +73,7 @@ def _loop(node: ir.Node, const: Const) -> Loop | str:
     outs = node.outputs
     carries = [Carry(b, e, i, o if _read(o) else None) for b, e, i, o in zip(begins, ends, initial, outs, strict=False) if i is not None]
     given = [Slice(y, o, 0) for y, o in zip(ys, outs[len(begins) :], strict=True) if _read(o)]
-    return Loop((node,), tuple(carries), tuple(xs), tuple(given), "loop")
+    return Loop((node,), tuple(carries), tuple(xs), tuple(given))
 
 
 def _always(again: ir.Value, going: ir.Value, const: Const) -> bool:

@@ -146,7 +146,7 @@ class _Chain:
         finals = [v if v is not None and any(user not in nodes for user in self.graph.users(v)) else None for v in last]
         carries = [Carry(begin, end, walk.initial[id(begin)], final) for (begin, end), final in zip(states, finals, strict=True)]
         ys = [Slice(pieces[1], self.graph.outputs(node)[0], axis, kept) for node, pieces, axis, kept in rows]
-        return Loop(tuple(nodes), tuple(carries), tuple(xs), tuple(ys), "unrolled")
+        return Loop(tuple(nodes), tuple(carries), tuple(xs), tuple(ys))
 
     def _inside(self, results: Sequence[Value]) -> dict[Node, None]:
         """The nodes of all steps behind some results, in the graph's order."""

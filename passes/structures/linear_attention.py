@@ -48,6 +48,11 @@ class LinearAttention(AbstractRecurrence):
         """Queries that read one state."""
         return max(1, self.queries // self.heads)
 
+    @property
+    def tokens(self) -> int:
+        """Of one chunk."""
+        return max(1, CHUNK // self.factors)
+
     def sequences(self) -> Mapping[str, Dims]:
         widths = {
             "query": self.queries * self.key,
@@ -110,20 +115,17 @@ class LinearAttention(AbstractRecurrence):
 
     def chunked(self, ops: AnySequenceOps, states: Sequence[Any], xs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         (state,), x = states, self.named(xs)
-        size = max(1, CHUNK // self.factors)
+        size = self.tokens
         keys = [self._shared(ops, k, self.keys) for k in self._pieces(ops, x["key"], self.keys * self.key)]
         key = keys[0] if self.factors == 1 else ops.concat(keys)
         q = self._rows(ops, self._scaled(ops, x["query"]), size, self._apart(self.queries), self.group, self.key, major=False)
         k = self._rows(ops, key, size, self._apart(self.keys), self.factors, self.key)
         v = self._rows(ops, x["value"], size, self.heads, self.factors, self.width)
-        token = torch.arange(size)
-        sees = token.repeat_interleave(self.group)[:, None] >= token.repeat_interleave(self.factors)
         decay = self._decay(ops, x["decay"], size) if self.decay else None
-        attention = ops.mul(ops.contract(q, ops.swap(k)), ops.literal(sees.float(), q))
-        rows = {"query": q, "key": ops.swap(k), "attention": attention}
+        since, between = decay or (None, ops.literal(torch.ones(size, size).tril(), q))
+        sees = self._repeated(ops, between, size, self.group, self.factors)
+        rows = {"query": q, "key": ops.swap(k), "attention": ops.mul(ops.contract(q, ops.swap(k)), sees)}
         if decay:
-            since, between = decay
-            rows["attention"] = ops.mul(attention, self._repeated(ops, between, size, self.group, self.factors))
             rows["since"], rows["all"] = self._repeated(ops, since, size, self.group), ops.last(since, -2)
             rows["until"] = self._repeated(ops, ops.swap(ops.last(between, -2)), size, self.factors)
         if self.rule == "delta":
@@ -170,8 +172,7 @@ class LinearAttention(AbstractRecurrence):
 
     def _wy(self, ops: AnySequenceOps, k: Any, v: Any, beta: Any, decay: tuple[Any, Any] | None) -> tuple[Any, Any]:
         """T (beta V) and T (beta K e^G); what scales the rows of V and K scales the columns of T, which are fewer."""
-        size = max(1, CHUNK // self.factors)
-        rows = size * self.factors
+        size, rows = self.tokens, self.tokens * self.factors
         lower = ops.mul(ops.contract(k, ops.swap(k)), ops.literal(torch.ones(rows, rows).tril(-1), k))
         if decay:
             lower = ops.mul(lower, self._repeated(ops, decay[1], size, self.factors, self.factors))
