@@ -28,10 +28,11 @@ class Counting(torch.nn.Module):
         peeks: bool = False,
         outside: bool = False,
         axis: int = 1,
+        counts: bool = False,
     ) -> None:
         super().__init__()
         self.step, self.start, self.stride, self.short, self.stop, self.peeks = case.function, start, stride, short, stop, peeks
-        self.outside, self.axis = outside, axis
+        self.outside, self.axis, self.counts = outside, axis, counts
 
     def cut(self, x: Tensor, at: Tensor) -> Tensor:
         axis = 1 if self.axis > 0 else 1 - x.dim()
@@ -50,7 +51,7 @@ class Counting(torch.nn.Module):
         def body(i: Tensor, state: Tensor, y: Tensor) -> Sequence[Tensor]:
             at = i.reshape(1)
             new, row = self.step(state, [self.cut(x, at) for x in xs])
-            row = row + y[:, 0] if self.peeks else row
+            row = row + y[:, 0] if self.peeks else row + i if self.counts else row
             axis = 1 if self.axis > 0 else 1 - y.dim()
             return i + self.stride, new.clone(), y.index_copy(axis, at, row.unsqueeze(axis))
 
@@ -93,6 +94,7 @@ def test_other_spellings_are_read(options: dict[str, int]) -> None:
         ({"short": 1}, "ends by more than its counter and a length"),
         ({"stop": TIME - 1}, "whose count is not the length of its sequences"),
         ({"peeks": True}, "reads what it has written"),
+        ({"counts": True}, "uses its counter in"),
     ],
 )
 def test_what_does_more_is_listed(options: dict[str, int], reason: str) -> None:
