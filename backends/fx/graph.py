@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.export import output_names
@@ -91,7 +92,7 @@ class FxGraph:
 
     def shape(self, value: Node) -> tuple[int | str, ...] | None:
         fake = value.meta.get("val")
-        return tuple(s if isinstance(s, int) else str(s) for s in fake.shape) if isinstance(fake, Tensor) else None
+        return tuple(map(_size, fake.shape)) if isinstance(fake, Tensor) else None
 
     def dtype(self, value: Node) -> torch.dtype | None:
         fake = value.meta.get("val")
@@ -323,3 +324,8 @@ class FxGraph:
 
 def _bytes(name: str, tensor: Tensor) -> tuple[str, Any]:
     return f"{name} {tensor.dtype} {list(tensor.shape)}", tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    """A number, or the spelling of what varies; a symbol that a later guard fixed is a number too."""
+    return int(size) if is_concrete_int(size) else str(size)

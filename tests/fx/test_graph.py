@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
 
 from rewriter.backends.files.export import export_module
 from rewriter.backends.fx.graph import FxGraph
@@ -222,3 +223,14 @@ def test_detection_is_near_linear() -> None:
         return best
 
     assert seconds(large) < 25 * seconds(small)
+
+
+def test_a_size_that_a_guard_fixed_is_a_number() -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.transpose(0, 1).sum(0) + torch.ones(2, 6, dtype=x.dtype)
+
+    axes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    graph = FxGraph.of(torch.export.export(Fixed(), (normal(2, 7, 6),), dynamic_shapes=axes))
+    length, batch, width = graph.shape(find(graph, "transpose")) or ()
+    assert (batch, width) == (2, 6) and isinstance(length, str)

@@ -226,8 +226,8 @@ def test_what_an_earlier_pass_rewrote_stays(tmp_path: Path) -> None:
 
 
 def test_options_out_of_range(tmp_path: Path) -> None:
-    for bad in ("error=0", "error=-1", f"error={math.nan}"):
-        with pytest.raises(RewriteError, match="above 0"):
+    for bad, said in {"error=0": "above 0", "error=-1": "above 0", f"error={math.nan}": "a finite number"}.items():
+        with pytest.raises(RewriteError, match=said):
             decided(traced(), tmp_path, f"monarch-attention:{bad}")
     assert parse_passes("monarch-attention:block=64:iterations=3")[0].spelling() == "monarch-attention:block=64:iterations=3"
 
