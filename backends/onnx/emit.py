@@ -102,20 +102,25 @@ def attach(model: ir.Model, choose: Choose = default_lowering) -> None:
         elif node.op_identifier() not in model.functions:
             body = function(spec, rank, opset, choose(spec, rank))
             model.functions[body.identifier()] = body
+    passes.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[DOMAIN] = VERSION
     model.ir_version = max(model.ir_version, FIRST_IR_WITH_OVERLOADS)
 
 
 def _attach_map(model: ir.Model, node: ir.Node, spec: str, lowering: str) -> None:
-    """The node's overload names its lowering: a target's own takes some types only, and other nodes of the same spec get a form."""
+    """The node's overload names its lowering: a target's own takes some types only, and other nodes of the same spec get a form.
+
+    A last state that nobody reads is not computed.
+    """
     first = node.inputs[0]
     if not takes(lowering, skeleton(spec)[0], first.dtype if first is not None else None):
         lowering = default_lowering(spec, 0)
-    node.overload = map_overload(spec, lowering)
+    node.resize_outputs(1 + max(i for i, v in enumerate(node.outputs) if i == 0 or v.uses() or v.is_graph_output()))
+    node.overload = map_overload(spec, lowering, len(node.outputs))
     if lowering == CONTRIB_NAME:
         model.graph.opset_imports[CONTRIB_DOMAIN] = 1
     if node.op_identifier() not in model.functions:
-        body = map_function(spec, model.graph.opset_imports[""], lowering)
+        body = map_function(spec, model.graph.opset_imports[""], lowering, len(node.outputs))
         model.functions[body.identifier()] = body
 
 

@@ -230,8 +230,8 @@ class SequenceOps:
         return last, [self.swap(y, 0, 1) for y in given]
 
 
-def map_function(spec: str, opset: int, lowering: str) -> ir.Function:
-    """The body of the map that `spec` describes, in one of its forms or in one of this backend's lowerings."""
+def map_function(spec: str, opset: int, lowering: str, wanted: int) -> ir.Function:
+    """The body of the map that `spec` describes, in one of its forms or in one of this backend's lowerings; its first `wanted` outputs."""
     operator, leaves = skeleton(spec)
     assert isinstance(operator, AbstractMap)
     factors = [ir.Value(name=path.replace(".", "_")) for path in field_paths(spec)]
@@ -243,17 +243,17 @@ def map_function(spec: str, opset: int, lowering: str) -> ir.Function:
     else:
         given = [Sized(v, axes_of(dims)) for v, dims in zip(inputs, operator.inputs().values(), strict=True)]
         results = [sized.value for sized in operator.spelled(lowering, ops, *given)]
-    results = [ops.tape.op("Identity", [r]) if r.producer() is None else r for r in results]
+    results = [ops.tape.op("Identity", [r]) if r.producer() is None else r for r in results[:wanted]]
     domains = {"": opset, **({CONTRIB_DOMAIN: 1} if lowering == CONTRIB_NAME else {})}
     graph = ir.Graph([*inputs, *factors], results, nodes=ops.tape.nodes, opset_imports=domains, name=kind(spec))
     for i, value in enumerate(v for node in graph.all_nodes() for v in node.outputs):
         value.name = f"v{i}"  # tapes count for themselves, and a body sees what is around it
-    return ir.Function(DOMAIN, kind(spec), map_overload(spec, lowering), graph=graph, attributes=())
+    return ir.Function(DOMAIN, kind(spec), map_overload(spec, lowering, wanted), graph=graph, attributes=())
 
 
-def map_overload(spec: str, lowering: str) -> str:
+def map_overload(spec: str, lowering: str, wanted: int) -> str:
     """What tells the bodies of one map apart."""
-    return f"{overload(spec, 0)}_{lowering}"
+    return f"{overload(spec, 0)}_{lowering}_{wanted}"
 
 
 def lowerings(spec: str, contrib: bool = False, opset: int = 0) -> tuple[str, ...]:

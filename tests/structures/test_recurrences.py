@@ -220,6 +220,20 @@ def test_onnx_bodies_equal_eager(name: str, opset: int) -> None:
                 close(a, b)
 
 
+def test_a_last_state_that_nobody_reads_is_not_computed() -> None:
+    operator = random("ChunkedSystem")
+    model = stacked_maps([operator, operator])
+    model.graph.outputs.pop()  # the second one's state
+    attach(model, lambda spec, rank: "chunked")
+    check(model)
+    scans = [[n.op_type for n in f.all_nodes()].count("Scan") for f in model.functions.values()]
+    assert scans == [2, 1]  # chunks, and the last steps one by one for their state
+    given = feeds(operator, 13, 3)
+    y, state = operator.spelled("sequential", OPS, *given.values())
+    for a, b in zip(Session(ir.to_proto(model).SerializeToString(), 1)(given).values(), (y, state, y), strict=True):
+        close(a, b)
+
+
 @pytest.mark.parametrize("rule", ["delta", "plain"])
 @pytest.mark.parametrize("decay", ["", "head", "key"])
 @pytest.mark.parametrize("factors", [1, 2, 3, 4])
