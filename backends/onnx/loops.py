@@ -1,32 +1,22 @@
-"""Recurrences of an ONNX graph: Scan and Loop, read as a loop; slices and stacks, from which an unrolled one is known.
-
-A Loop reads its sequences by Gather at the step's number, and must run as many steps as they are long.
-"""
+"""Recurrences of an ONNX graph: Scan and Loop, read as a loop; slices and stacks, from which an unrolled one is known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
-from torch import Tensor
 
+from rewriter.backends.onnx.counted import Const, counted, is_read, rank
 from rewriter.graph import Carry, Loop, Slice
-
-Const = Callable[[ir.Value], Tensor | None]
-_THROUGH = {"Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape"}
 
 
 def loop(node: ir.Node, const: Const) -> Loop | str:
     """See rewriter.graph.Graph.loop."""
-    return _scan(node) if node.op_type == "Scan" else _loop(node, const)
+    return _scan(node) if node.op_type == "Scan" else counted(node, const)
 
 
 def _ints(node: ir.Node, name: str, count: int) -> list[int]:
     return list(node.attributes[name].as_ints()) if name in node.attributes else [0] * count
-
-
-def _read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
 
 
 def _scan(node: ir.Node) -> Loop | str:
@@ -39,89 +29,14 @@ def _scan(node: ir.Node) -> Loop | str:
         return "a Scan that lacks an input"
     inputs = [v for v in node.inputs if v is not None]
     carries = [
-        Carry(b, e, i, o if _read(o) else None)
+        Carry(b, e, i, o if is_read(o) else None)
         for b, e, i, o in zip(body.inputs[:states], body.outputs[:states], inputs[:states], node.outputs[:states], strict=True)
     ]
     axes = zip(body.inputs[states:], inputs[states:], _ints(node, "scan_input_axes", count), strict=True)
-    xs = [Slice(inner, outer, axis % _rank(outer)) for inner, outer, axis in axes]
+    xs = [Slice(inner, outer, axis % rank(outer)) for inner, outer, axis in axes]
     given = zip(body.outputs[states:], node.outputs[states:], _ints(node, "scan_output_axes", outs), strict=True)
-    ys = [Slice(inner, outer, axis % _rank(outer)) for inner, outer, axis in given if _read(outer)]
+    ys = [Slice(inner, outer, axis % rank(outer)) for inner, outer, axis in given if is_read(outer)]
     return Loop((node,), tuple(carries), tuple(xs), tuple(ys))
-
-
-def _rank(value: ir.Value) -> int:
-    return len(value.shape) if value.shape is not None else 8
-
-
-def _loop(node: ir.Node, const: Const) -> Loop | str:
-    body = node.attributes["body"].as_graph()
-    step, going, *begins = body.inputs
-    again, *results = body.outputs
-    trips, start, *initial = node.inputs
-    ends, ys = results[: len(begins)], results[len(begins) :]
-    if not _always(again, going, const):
-        return "a Loop that may stop early"
-    if start is not None and ((held := const(start)) is None or not bool(held)):
-        return "a Loop that may not start"
-    if trips is None or any(v is None for v in initial):
-        return "a Loop without a count of steps"
-    xs = list(_gathered(step, body))
-    if not xs:
-        return "a Loop that reads no sequence by the number of its step"
-    if (other := next((x for x in xs if not _as_long(trips, x, const)), None)) is not None:
-        return f"a Loop that may run another number of steps than {other.outer.name} has"
-    outs = node.outputs
-    carries = [Carry(b, e, i, o if _read(o) else None) for b, e, i, o in zip(begins, ends, initial, outs, strict=False) if i is not None]
-    given = [Slice(y, o, 0) for y, o in zip(ys, outs[len(begins) :], strict=True) if _read(o)]
-    return Loop((node,), tuple(carries), tuple(xs), tuple(given))
-
-
-def _always(again: ir.Value, going: ir.Value, const: Const) -> bool:
-    while (node := again.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
-        again = node.inputs[0]
-    if again is going:
-        return True
-    held = const(again)
-    return held is not None and bool(held)
-
-
-def _gathered(step: ir.Value, body: ir.Graph) -> Iterator[Slice]:
-    """Gathers from outside of the body at the step's number."""
-    numbers = [step]
-    for number in numbers:
-        for user, place in number.uses():
-            if user.op_type in _THROUGH and place == 0:
-                numbers.append(user.outputs[0])
-            elif user.op_type == "Gather" and place == 1 and user.inputs[0] is not None and user.inputs[0].graph is not body:
-                outer = user.inputs[0]
-                axis = user.attributes["axis"].as_int() if "axis" in user.attributes else 0
-                index = len(number.shape) if number.shape is not None else 0
-                yield Slice(user.outputs[0], outer, axis % _rank(outer), kept=index == 1)
-
-
-def _as_long(trips: ir.Value, x: Slice, const: Const) -> bool:
-    """Whether the count of steps is the length of the sequence."""
-    size = x.outer.shape[x.axis] if x.outer.shape is not None else None
-    held = const(trips)
-    if held is not None:
-        return isinstance(size, int) and int(held) == size
-    node = trips.producer()
-    while node is not None and node.op_type in _THROUGH and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if node is None or node.op_type != "Gather" or node.inputs[0] is None or node.inputs[1] is None:
-        return False
-    shape, index = node.inputs[0].producer(), const(node.inputs[1])
-    if shape is None or shape.op_type != "Shape" or shape.inputs[0] is None or index is None:
-        return False
-    source = shape.inputs[0]
-    begin, end = (shape.attributes[name].as_int() if name in shape.attributes else None for name in ("start", "end"))
-    axes = range(_rank(source))[begin:end]
-    if not -len(axes) <= int(index) < len(axes):
-        return False
-    axis = axes[int(index)]
-    if source is x.outer:
-        return axis == x.axis
-    return source.shape is not None and str(source.shape[axis]) == str(size) != "None"
 
 
 def sliced(value: ir.Value, const: Const) -> tuple[ir.Value, int, int, bool] | None:
@@ -143,14 +58,14 @@ def sliced(value: ir.Value, const: Const) -> tuple[ir.Value, int, int, bool] | N
                 return (source, *_positive(source, axis, start), True)
     if node.op_type == "Split":
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        axis %= _rank(source)
+        axis %= rank(source)
         if all(v.shape is not None and v.shape[axis] == 1 for v in node.outputs):
             return source, axis, node.outputs.index(value), True
     return None
 
 
 def _positive(source: ir.Value, axis: int, index: int) -> tuple[int, int]:
-    axis %= _rank(source)
+    axis %= rank(source)
     size = source.shape[axis] if source.shape is not None else None
     return axis, index % size if isinstance(size, int) and size else index
 
@@ -159,4 +74,4 @@ def stacked(node: ir.Node) -> tuple[Sequence[ir.Value], int, bool] | None:
     """See rewriter.graph.Graph.stacked."""
     if node.op_type != "Concat" or any(v is None for v in node.inputs):
         return None
-    return [v for v in node.inputs if v is not None], node.attributes["axis"].as_int() % _rank(node.outputs[0]), True
+    return [v for v in node.inputs if v is not None], node.attributes["axis"].as_int() % rank(node.outputs[0]), True

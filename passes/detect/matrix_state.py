@@ -24,6 +24,7 @@ from rewriter.registry import eager_ops
 from rewriter.structure import NoMatch
 
 NEITHER = "a linear state, but no linear attention and no delta rule"
+POSITIVE = ("exp", "sigmoid")
 WIDTHS = "a linear state, but its sequences have other widths than a delta rule's"
 
 
@@ -130,7 +131,8 @@ def _rates(step: Step, view: _View, written: Sequence[Value]) -> Tensor | NoMatc
         return None
     for rows in (decay[0, :, :1, :1], decay[0, :, :, :1]):
         if close(rows.expand_as(decay[0])[None].expand_as(decay), decay):
-            return rows.log().flatten() if bool((rows > 0).all()) else NoMatch("a fixed decay that is not positive")
+            gone = NoMatch(NEITHER if not bool(rows.any()) else "a fixed decay that is not positive")
+            return rows.log().flatten() if bool((rows > 0).all()) else gone
     return NoMatch(NEITHER)
 
 
@@ -202,11 +204,10 @@ def _reading(
     for name, root in roots.items():
         log = name == "decay"
         if log:
-            node = step.graph.producer(root)
-            made = step.graph.op(node) if node is not None and root not in step.x else ""
-            if made == "exp":
+            node, made = step.maker(root)
+            if made == "exp" and root not in step.x:
                 (root,), log = [v for v in step.graph.inputs(node) if v is not None], False
-            elif made != "sigmoid":
+            elif made not in POSITIVE:
                 return NoMatch("a decay that may be negative; one made by exp or sigmoid is read")
         port = sequence_port(step, root, order[name], view.lone, log)
         if isinstance(port, NoMatch):

@@ -69,6 +69,13 @@ def read(graph: Graph, loop: Loop) -> Reading | NoMatch:
     step = step_of(graph, loop, rng)
     if isinstance(step, NoMatch):
         return step
+    found = _read(step, rng)
+    if isinstance(found, NoMatch) and (finer := step.finer()) is not None and isinstance(again := _read(finer, rng), Reading):
+        return again
+    return found
+
+
+def _read(step: Step, rng: torch.Generator) -> Reading | NoMatch:
     if op := step.beyond(step.edge):
         return NoMatch(f"non-linear in its state, or not known to be linear: {op} lies on its way")
     if not _affine(step, rng):

@@ -6,7 +6,7 @@ Its boundary is what the state-dependent part reads of the rest of the step; the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -122,6 +122,12 @@ class Step:
             value = varying[0]
         return value
 
+    def maker(self, root: Value) -> tuple[Node | None, str]:
+        """What computes a value's numbers, in the step or before the loop, and the name of that operation."""
+        outer = next((x.outer for x in self.loop.xs if x.inner == root), root)
+        node = self.graph.producer(self.root(outer))
+        return node, "" if node is None else self.graph.op(node)
+
     def sources(self, value: Value) -> dict[Value, Value] | None:
         """The whole sequences that a value is computed from elementwise, by their slices; None where it is computed otherwise."""
         found, stack, constants = dict[Value, Value](), [value], list[Value]()
@@ -166,6 +172,18 @@ class Step:
             node = self.graph.producer(value)
             stack.extend(v for v in reversed(self.graph.inputs(node)) if v is not None)
         return list(found)
+
+    def finer(self) -> Step | None:
+        """The same reading the factors of products that it read, as beta and k for beta k; None where there are none."""
+        found = dict[Value, None]()
+        for root in self.edge:
+            node = None if root in self.x else self.graph.producer(root)
+            operands = [v for v in self.graph.inputs(node) if v is not None] if node is not None and self.graph.op(node) == "mul" else []
+            apart = len(operands) == 2 and not any(map(self.graph.is_const, operands))
+            found.update(dict.fromkeys([self.root(v) for v in operands] if apart else [root]))
+        if set(found) == set(self.edge):
+            return None
+        return replace(self, edge=dict(zip(found, self.graph.compute(list(found), self.x), strict=True)))
 
 
 def step_of(graph: Graph, loop: Loop, rng: torch.Generator) -> Step | NoMatch:

@@ -45,6 +45,14 @@ def product(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return state, torch.einsum("bhk,bhkv->bhv", q, state)
 
 
+def folded(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The delta rule with beta in the key that is written."""
+    q, k, v, beta = x
+    error = v - torch.einsum("bhk,bhkv->bhv", k, state)
+    state = state + torch.einsum("bhk,bhv->bhkv", beta[..., None] * k, error)
+    return state, torch.einsum("bhk,bhkv->bhv", q, state)
+
+
 def plain(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Linear attention without a decay."""
     q, k, v = x
@@ -77,6 +85,13 @@ def per_key(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gated linear attention (GLA): a decay for every entry of the key."""
     q, k, v, g = x
     state = state * torch.exp(g)[..., None] + k[..., None] * v[..., None, :]
+    return state, torch.einsum("bhk,bhkv->bhv", q, state)
+
+
+def ready(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gated linear attention whose decay comes as it is used."""
+    q, k, v, decay = x
+    state = state * decay[..., None] + k[..., None] * v[..., None, :]
     return state, torch.einsum("bhk,bhkv->bhv", q, state)
 
 
@@ -139,6 +154,7 @@ _HK, _HV = (HEADS, KEY), (HEADS, WIDTH)
 CASES = {
     "delta": Case(delta, (_HK, _HK, _HV, (HEADS,), (HEADS,)), (HEADS, KEY, WIDTH), "gated delta rule", "LinearAttention"),
     "transposed": Case(transposed_delta, (_HK, _HK, _HV, (HEADS,), (HEADS,)), (HEADS, KEY, WIDTH), "gated delta rule", "LinearAttention"),
+    "folded": Case(folded, (_HK, _HK, _HV, (HEADS,)), (HEADS, KEY, WIDTH), "delta rule, 3 heads", "LinearAttention"),
     "product": Case(product, (_HK, (2, *_HK), (2, *_HV), (2, HEADS)), (HEADS, KEY, WIDTH), "product of 2 Householder", "LinearAttention"),
     "plain": Case(plain, (_HK, _HK, _HV), (HEADS, KEY, WIDTH), "linear attention", "LinearAttention"),
     "one head": Case(plain, ((KEY,), (KEY,), (WIDTH,)), (KEY, WIDTH), "linear attention, 1 head", "LinearAttention"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 import pytest
@@ -19,7 +20,7 @@ from rewriter.passes.detect.recurrence import detect
 from rewriter.passes.structures.linear_attention import LinearAttention
 from rewriter.passes.structures.linear_system import LinearSystem
 from rewriter.tolerances import EQUAL
-from tests.detect.loops import BATCH, CASES, HEADS, KEY, TIME, WIDTH, Loop, exported, onnx_loop, to_onnx
+from tests.detect.loops import BATCH, CASES, HEADS, KEY, TIME, WIDTH, Loop, Scan, exported, onnx_loop, ready, to_onnx
 
 
 def sites(graph: Graph) -> list[Site]:
@@ -146,6 +147,23 @@ def test_a_zero_first_state_is_no_input() -> None:
     form = only(graph).form
     assert isinstance(form, AbstractRecurrence) and not form.carried
     equal(graph, raised(graph), {"a": a, "b": b})
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize("gate", [torch.exp, torch.sigmoid, torch.tanh])
+def test_a_decay_that_was_made_before_the_loop(gate: Callable[[Tensor], Tensor], dynamic: bool) -> None:
+    case = replace(CASES["per key"], step=ready)
+
+    class Before(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v, g, state = inputs
+            return (Scan if dynamic else Loop)(case)(q, k, v, gate(g), state)  # type: ignore[no-any-return]
+
+    graph = FxGraph.of(torch.export.export(Before(), tuple(case.feeds().values())))
+    if gate is torch.tanh:
+        assert "a decay that may be negative" in only(graph).reason
+    else:
+        equal(graph, raised(graph), case.feeds())
 
 
 def test_a_sequence_without_a_batch() -> None:

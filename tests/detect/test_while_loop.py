@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from rewriter.backends.fx.graph import FxGraph
-from tests.detect.loops import CASES, TIME, Case
+from rewriter.backends.onnx.graph import OnnxGraph
+from tests.detect.loops import CASES, TIME, Case, to_onnx
 from tests.detect.test_recurrence import equal, only, raised
 
 
@@ -59,12 +60,16 @@ class Counting(torch.nn.Module):
         return y, state
 
 
-def graph_of(case: Case, **options: int) -> FxGraph:
+def program_of(case: Case, **options: int) -> ExportedProgram:
     inputs = tuple(case.feeds().values())
     batch, time = Dim("batch"), Dim("time", min=2)
     axes = ({0: batch, 1: time},) * len(case.shapes) + ({0: batch},)
     with torch.no_grad():
-        return FxGraph.of(torch.export.export(Counting(case, **options), inputs, dynamic_shapes=(axes,)))
+        return torch.export.export(Counting(case, **options), inputs, dynamic_shapes=(axes,))
+
+
+def graph_of(case: Case, **options: int) -> FxGraph:
+    return FxGraph.of(program_of(case, **options))
 
 
 @pytest.mark.parametrize("name", ["delta", "mamba", "linear cell"])
@@ -99,6 +104,33 @@ def test_other_spellings_are_read(options: dict[str, int]) -> None:
 )
 def test_what_does_more_is_listed(options: dict[str, int], reason: str) -> None:
     site = only(graph_of(CASES["gated"], **options))
+    assert site.form is None and reason in site.reason
+
+
+@pytest.mark.parametrize(("name", "axis"), [("gated", 1), ("delta", -1)])
+def test_as_torch_writes_it_in_onnx(name: str, axis: int) -> None:
+    case = CASES[name]
+    graph = OnnxGraph(to_onnx(program_of(case, axis=axis)))
+    site = only(graph)
+    assert case.said in site.reason and type(site.form).__name__ == case.kind
+    after = raised(graph)
+    for time in (2, 4, 7, 65):
+        equal(graph, after, case.feeds(time))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"start": 1}, "may stop early"),
+        ({"stride": 2}, "may stop early"),
+        ({"short": 1}, "whose count is not the length of its sequences"),
+        ({"stop": TIME - 1}, "whose count is not the length of its sequences"),
+        ({"peeks": True}, "reads what it has written"),
+        ({"counts": True}, "uses its counter in"),
+    ],
+)
+def test_what_does_more_in_onnx_is_listed(options: dict[str, int], reason: str) -> None:
+    site = only(OnnxGraph(to_onnx(program_of(CASES["gated"], **options))))
     assert site.form is None and reason in site.reason
 
 
