@@ -306,10 +306,14 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     nbytes: dict[str, int | None] = {"dense": None, "rewritten": size(emitted)}
     if failure is None:
         (folder / "dense").mkdir()
-        dense = _as_file(job.source, job.target, folder / "dense" / name, dataclasses.replace(options, flatten=False))
-        nbytes["dense"] = size(dense)
-        if options.timing:
-            rows = latencies(job.target, dense, emitted, job.graph, job.source.specs, explicit, options.token_counts, options.threads)
+        try:  # what was rewritten may be just what kept the model from this target
+            dense = _as_file(job.source, job.target, folder / "dense" / name, dataclasses.replace(options, flatten=False))
+        except RewriteError as problem:
+            job.notes.append(f"the model as it was given has no size and no times here: {str(problem).partition('; ')[0]}")
+        else:
+            nbytes["dense"] = size(dense)
+            if options.timing:
+                rows = latencies(job.target, dense, emitted, job.graph, job.source.specs, explicit, options.token_counts, options.threads)
         failure = not_smaller(rows, nbytes, job, len(provenance["report"].encode()))
         shutil.rmtree(folder / "dense")
     report = _report(job, error, rows, nbytes, planned=False)
