@@ -5,7 +5,8 @@ So a transposed, sliced, rescaled or dequantised weight looks like the stored on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -19,6 +20,7 @@ from rewriter.backends.onnx.tensors import array_to_torch, to_torch
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _IMPURE = {*_RANDOM, "If", "Loop", "Scan", "SequenceMap"}
 COMPLETE_OPSET = 21
+SMALL = 8  # entries: indices, sizes and scales, which are asked for again and again
 
 
 class Constants:
@@ -27,17 +29,20 @@ class Constants:
     def __init__(self, opset: int) -> None:
         self.opset = opset
         self._known: dict[ir.Value, bool] = {}
+        self._small: dict[ir.Value, Tensor] = {}  # what was computed
 
     def forget(self) -> None:
         """After an edit."""
         self._known.clear()
+        self._small.clear()
 
     def is_const(self, value: ir.Value) -> bool:
-        if value not in self._known:
-            self._known[value] = self._is_const(value)
+        for v in in_order(value, self._known):
+            self._known[v] = self._is_const(v)
         return self._known[value]
 
     def _is_const(self, value: ir.Value) -> bool:
+        """Of its operands this is known."""
         if value.is_initializer():
             return value.const_value is not None
         node = value.producer()
@@ -45,22 +50,36 @@ class Constants:
             return False
         if node.op_type == "Constant":
             return True
-        operands = [v for v in node.inputs if v is not None]
-        return bool(operands) and all(self.is_const(v) for v in operands)
+        operands = _operands(value)
+        return bool(operands) and all(self._known[v] for v in operands)
 
     def load(self, value: ir.Value) -> Tensor:
-        """The tensor of a constant value."""
+        """The tensor of a constant value: what leads to it is computed once and held until its last reader has it, or kept if small."""
+        order = in_order(value, self._small)
+        last = {v: i for i, reader in enumerate(order) for v in _operands(reader)} | {value: len(order)}
+        held = dict[ir.Value, Tensor]()
+        known = ChainMap(held, self._small)
+        for i, made in enumerate(order):
+            if made not in held:
+                held |= {v: tensor for v, tensor in self._made(made, known).items() if v in last}
+            for v in _operands(made):
+                if last[v] == i:
+                    held.pop(v, None)
+        return known[value]
+
+    def _made(self, value: ir.Value, known: Mapping[ir.Value, Tensor]) -> dict[ir.Value, Tensor]:
+        """The value, with the other results of its node."""
         if value.is_initializer():
             assert value.const_value is not None
-            return to_torch(value.const_value)
+            return {value: to_torch(value.const_value)}
         node = value.producer()
         assert node is not None
         if node.op_type == "Constant" and "value" in node.attributes:
-            return to_torch(node.attributes["value"].as_tensor())
-        return self._evaluate(node)[node.outputs.index(value)]
-
-    def _evaluate(self, node: ir.Node) -> list[Tensor]:
-        return self.evaluate(ir.to_proto(node), {v.name or "": self.load(v) for v in node.inputs if v is not None})
+            return {value: to_torch(node.attributes["value"].as_tensor())}
+        results = self.evaluate(ir.to_proto(node), {v.name or "": known[v] for v in _operands(value)})
+        found = dict(zip((v for v in node.outputs if v.name), results, strict=True))
+        self._small.update({v: tensor for v, tensor in found.items() if tensor.numel() <= SMALL})
+        return found
 
     def evaluate(self, node: onnx.NodeProto, operands: Mapping[str, Tensor]) -> list[Tensor]:
         """One node on tensors, by onnx.reference: in whatever float type they have."""
@@ -79,32 +98,42 @@ class Constants:
 
     def root(self, value: ir.Value) -> ir.Value:
         """The stored parameter behind a constant value: the largest one where several go in."""
-        roots = list(self._roots(value))
+        roots = [v for v in in_order(value) if (node := v.producer()) is None or node.op_type == "Constant"]
         return max(roots, key=_numel) if roots else value
-
-    def _roots(self, value: ir.Value) -> Iterator[ir.Value]:
-        node = value.producer()
-        if node is None or node.op_type == "Constant":
-            yield value
-            return
-        for operand in node.inputs:
-            if operand is not None:
-                yield from self._roots(operand)
 
     def users(self, root: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
         """(node, operand) wherever the stored parameter ends up in an operation that is not constant itself."""
-        for value in _tied(root):
-            yield from self._users(value)
+        stack, seen = [use for value in reversed(_tied(root)) for use in reversed(_uses(value))], set[ir.Node]()
+        while stack:
+            node, operand = stack.pop()
+            made = [v for v in node.outputs if self.is_const(v)]
+            if not made:
+                yield node, operand
+            elif node not in seen:
+                seen.add(node)
+                stack += [use for value in reversed(made) for use in reversed(_uses(value))]
 
-    def _users(self, value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
-        if value.is_graph_output():
-            yield OUTPUT, value
-        for node in dict.fromkeys(node for node, _ in value.uses()):
-            inner = [v for v in node.outputs if self.is_const(v)]
-            for output in inner:
-                yield from self._users(output)
-            if not inner:
-                yield node, value
+
+def in_order(value: ir.Value, known: Container[ir.Value] = ()) -> list[ir.Value]:
+    """The value behind all that it is computed from, each once, without the known; no recursion, as chains may be thousands long."""
+    found, stack = dict[ir.Value, None](), [] if value in known else [value]
+    while stack:
+        missing = [] if stack[-1] in found else [v for v in _operands(stack[-1]) if v not in found and v not in known]
+        if missing:
+            stack += reversed(missing)
+        else:
+            found[stack.pop()] = None
+    return list(found)
+
+
+def _operands(value: ir.Value) -> list[ir.Value]:
+    node = value.producer()
+    return [] if node is None else [v for v in node.inputs if v is not None]
+
+
+def _uses(value: ir.Value) -> list[tuple[ir.Node, ir.Value]]:
+    leaves = [OUTPUT] if value.is_graph_output() else []
+    return [(node, value) for node in [*leaves, *dict.fromkeys(node for node, _ in value.uses())]]
 
 
 def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:

@@ -38,7 +38,14 @@ class Frame:
 
     def resolve(self, group: Group) -> Group:
         """The group in atoms that were never cut."""
-        return tuple(b for a in group for b in (self.resolve(self._parts[a]) if a in self._parts else (a,)))
+        found, stack = list[Atom](), list(reversed(group))
+        while stack:
+            atom = stack.pop()
+            if atom in self._parts:
+                stack += reversed(self._parts[atom])
+            else:
+                found.append(atom)
+        return tuple(found)
 
     def axes(self, axes: Axes) -> Axes:
         return tuple(self.resolve(group) for group in axes)

@@ -66,15 +66,23 @@ def _equal(graph: Graph, a: Spelling, b: Spelling) -> bool:
 
 def _alike(graph: Graph, a: Value, b: Value) -> bool:
     """Computed by equal steps from one value: equal, without a look at the numbers."""
-    if a is b:
-        return True
-    first, second = graph.producer(a), graph.producer(b)
-    if first is None or second is None or graph.op(first) != graph.op(second) or graph.attributes(first) != graph.attributes(second):
-        return False
-    left, right = graph.inputs(first), graph.inputs(second)
-    if len(left) != len(right) or len(graph.outputs(first)) > 1:
-        return False
-    return all(p is q or (p is not None and q is not None and _alike(graph, p, q)) for p, q in zip(left, right, strict=True))
+    seen, stack = set[tuple[Value, Value]](), [(a, b)]
+    while stack:
+        pair = stack.pop()
+        if pair[0] is pair[1] or pair in seen:
+            continue
+        seen.add(pair)
+        first, second = (graph.producer(v) for v in pair)
+        if first is None or second is None or graph.op(first) != graph.op(second) or graph.attributes(first) != graph.attributes(second):
+            return False
+        left, right = graph.inputs(first), graph.inputs(second)
+        if len(left) != len(right) or len(graph.outputs(first)) > 1:
+            return False
+        operands = [(p, q) for p, q in zip(left, right, strict=True) if p is not q]
+        if any(p is None or q is None for p, q in operands):
+            return False
+        stack += [(p, q) for p, q in operands if p is not None and q is not None]
+    return True
 
 
 def _cross(graph: Graph, a: Spelling, b: Spelling) -> bool:

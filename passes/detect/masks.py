@@ -66,16 +66,19 @@ def _normal(graph: Graph, frame: Frame, mask: Mask) -> Mask:
     value, axes = mask.at.value, mask.at.axes
     while (node := graph.producer(value)) is not None:
         op, operands = graph.op(node), list(graph.inputs(node))
-        if mask.boolean and op == "not" and value is mask.at.value:
-            return _normal(graph, frame, replace(mask, at=Operand(operands[0], axes), negated=not mask.negated))
+        if mask.boolean and op == "not":
+            value = operands[0]
+            mask = replace(mask, at=Operand(value, axes), negated=not mask.negated)
+            continue
         if not mask.boolean and op in ("where", "masked_fill"):
             which = (1, 2) if op == "where" else (2, 0)
             condition, numbers = operands[op == "masked_fill"], [operand(graph, node, i) for i in which]
             shape = graph.shape(condition) or ()
             if set(numbers) != {0.0, -math.inf}:
                 return mask
-            own = tuple(group if n != 1 else () for group, n in zip(axes[len(axes) - len(shape) :], shape, strict=True))
-            return _normal(graph, frame, Mask(Operand(condition, own), True, numbers[0] != 0.0))
+            axes = tuple(group if n != 1 else () for group, n in zip(axes[len(axes) - len(shape) :], shape, strict=True))
+            value, mask = condition, Mask(Operand(condition, axes), True, numbers[0] != 0.0)
+            continue
         found = layouts.before(graph, frame, node, axes)
         if mask.boolean or found is None:
             return mask

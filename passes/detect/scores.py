@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from rewriter.graph import Graph, Node, Value
@@ -163,21 +164,26 @@ def _floats(graph: Graph, node: Node) -> bool:
 
 def leads_back(graph: Graph, value: Value | None, depth: int = 6) -> bool:
     """Whether a product of two values that vary lies a few steps behind."""
-    node = graph.producer(value) if value is not None else None
-    if node is None or is_product(graph, node):
-        return node is not None
-    if not depth or graph.op(node) not in _THROUGH:
-        return False
-    return any(leads_back(graph, v, depth - 1) for v in graph.inputs(node) if v is not None)
+
+    def made(values: Iterable[Value | None]) -> list[Node]:
+        return [node for v in values if v is not None and (node := graph.producer(v)) is not None]
+
+    return _meets(graph, made([value]), lambda node: made(graph.inputs(node)), depth)
 
 
 def leads_on(graph: Graph, value: Value, depth: int = 4) -> bool:
     """Whether a product of two values that vary lies a few steps ahead."""
-    for user in graph.users(value):
-        if is_product(graph, user):
+    return _meets(graph, graph.users(value), lambda node: graph.users(graph.outputs(node)[0]), depth)
+
+
+def _meets(graph: Graph, nodes: Iterable[Node], onward: Callable[[Node], Iterable[Node]], depth: int) -> bool:
+    """Whether a product is among the nodes or up to `depth` steps onward: level by level, each node once, by however many ways."""
+    seen, level = set[Node](), set(nodes)
+    for _ in range(depth + 1):
+        if any(is_product(graph, node) for node in level):
             return True
-        if depth and graph.op(user) in _THROUGH and leads_on(graph, graph.outputs(user)[0], depth - 1):
-            return True
+        seen |= level
+        level = {n for node in level if graph.op(node) in _THROUGH for n in onward(node)} - seen
     return False
 
 

@@ -20,18 +20,19 @@ LEAST_STEPS = 3
 
 
 def unrolled(graph: Graph) -> Iterator[Loop]:
-    """Every unrolled recurrence of the main body."""
-    lengths: dict[int, None] = {}
+    """Every unrolled recurrence of the main body: of each length, a slice for every step at least."""
+    lengths: dict[int, set[int]] = {}
     for node in graph.nodes():
         for value in graph.outputs(node):
             found = graph.sliced(value)
             if found is not None and graph.body(node) == "":
-                source, axis, _, _ = found
+                source, axis, index, _ = found
                 size = (graph.shape(source) or ())[axis : axis + 1]
                 if size and isinstance(size[0], int) and size[0] >= LEAST_STEPS:
-                    lengths.setdefault(size[0], None)
-    for length in lengths:
-        yield from _Chain(graph, length).loops()
+                    lengths.setdefault(size[0], set()).add(index)
+    for length, indices in lengths.items():
+        if len(indices) >= length:
+            yield from _Chain(graph, length).loops()
 
 
 @dataclass
@@ -49,7 +50,7 @@ class _Chain:
 
     def loops(self) -> Iterator[Loop]:
         self._levels()
-        self.cross = [self._crossing(t) for t in range(self.length - 1)]
+        self.cross = self._crossings()
         if not self.cross[0] or len({len(c) for c in self.cross}) > 1:
             return
         walk = _Walk(self)
@@ -85,17 +86,15 @@ class _Chain:
         self.index[id(value)] = index
         return index
 
-    def _crossing(self, t: int) -> list[Value]:
-        """What step t + 1 reads of step t."""
-        found: dict[int, Value] = {}
+    def _crossings(self) -> list[list[Value]]:
+        """What step t + 1 reads of step t, for each t."""
+        found = [dict[int, Value]() for _ in range(self.length - 1)]
         for value in self.values.values():
-            node = self.graph.producer(value)
-            if self.level[id(value)] == t + 1 and node is not None and id(value) not in self.slices:
-                for operand in self.graph.inputs(node):
-                    if operand is not None and self.level.get(id(operand), -1) == t and id(operand) not in self.slices:
-                        state = self._retreat(operand, t)
-                        found[id(state)] = state
-        return list(found.values())
+            node, t = self.graph.producer(value), self.level[id(value)] - 1
+            if 0 <= t < len(found) and node is not None and id(value) not in self.slices:
+                operands = [v for v in self.graph.inputs(node) if v is not None and id(v) not in self.slices]
+                found[t].update({id(v): v for v in operands if self.level.get(id(v), -1) == t})
+        return [list({id(v): v for v in (self._retreat(c, t) for c in crossing.values())}.values()) for t, crossing in enumerate(found)]
 
     def _retreat(self, value: Value, t: int) -> Value:
         while True:
@@ -125,10 +124,13 @@ class _Chain:
 
     def _reached(self, result: Value) -> dict[int, None]:
         """Ids of the states and slices that a result of step 1 is computed from."""
-        found, stack = dict[int, None](), [result]
+        found, seen, stack = dict[int, None](), set[int](), [result]
         while stack:
             value = stack.pop()
             node = self.graph.producer(value)
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
             if any(value is c for c in self.cross[0]) or id(value) in self.slices:
                 found[id(value)] = None
             elif node is not None and self.level.get(id(value), -1) >= 0:
