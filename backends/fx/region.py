@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,19 +64,36 @@ def stand_in(
 
 
 def _hoisted(call: Callable[..., Node], port: Port, current: Callable[[Node], Node]) -> Node:
-    """What one step computes elementwise, computed for all steps at once."""
+    """What one step computes elementwise, or row by row, computed for all steps at once."""
     known = {inner: current(outer) for inner, outer in port.hoist.items()}
-
-    def whole(value: Node) -> Node:
-        if value.op in ("placeholder", "get_attr") and value not in known:
-            known[value] = current(value)
-        if value not in known:
-            known[value] = call(value.target, *torch.fx.node.map_arg(value.args, whole), **value.kwargs)
-        return known[value]
-
-    value = whole(port.value) if port.hoist else current(port.value)
+    lead = next(iter(known.values())) if port.rows else None
+    if lead is not None:
+        known = {inner: call(aten.flatten.using_ints, outer, 0, 1) for inner, outer in known.items()}
+    for value in _in_order(port.value, known) if port.hoist else ():
+        known[value] = current(value) if value.op in ("placeholder", "get_attr") else _whole(call, value, known)
+    value = known[port.value] if port.hoist else current(port.value)
+    if lead is not None:
+        value = call(aten.unflatten.int, value, 0, [call(aten.sym_size.int, lead, 0), call(aten.sym_size.int, lead, 1)])
     value = call(aten.logical_not.default, value) if port.negated else value
     return call(aten.log.default, value) if port.log else value
+
+
+def _in_order(value: Node, known: Container[Node]) -> list[Node]:
+    """The value behind all that it is computed from, each once, without the known; no recursion, as chains may be thousands long."""
+    found, stack = dict[Node, None](), [] if value in known else [value]
+    while stack:
+        missing = [] if stack[-1] in found else [n for n in stack[-1].all_input_nodes if n not in found and n not in known]
+        if missing:
+            stack += reversed(missing)
+        else:
+            found[stack.pop()] = None
+    return list(found)
+
+
+def _whole(call: Callable[..., Node], value: Node, known: Mapping[Node, Node]) -> Node:
+    """One value of a step for all steps, from what its operands are for all steps."""
+    args, kwargs = torch.fx.node.map_arg((value.args, value.kwargs), known.__getitem__)
+    return call(value.target, *args, **kwargs)
 
 
 def _taken(call: Callable[..., Node], value: Node, port: Port) -> Node:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from rewriter.backends.onnx.constants import in_order
 from rewriter.backends.onnx.edit import ints
 from rewriter.backends.onnx.names import SCOPES
 from rewriter.backends.onnx.opaque import opaque
@@ -54,25 +55,39 @@ def stand_in(
 
 
 def _hoisted(tape: Tape, port: Port, current: Callable[[ir.Value], ir.Value]) -> ir.Value:
-    """What one step computes elementwise, computed for all steps at once."""
+    """What one step computes elementwise, or row by row, computed for all steps at once."""
     known = {inner: current(outer) for inner, outer in port.hoist.items()}
-
-    def whole(value: ir.Value) -> ir.Value:
-        node = value.producer()
-        if value in known or node is None or value.is_initializer():
-            return known.get(value, value)
-        inputs = [None if v is None else whole(v) for v in node.inputs]
-        known[value] = tape.op(node.op_type, inputs, dict(node.attributes), domain=node.domain)
-        known[value].type = value.type
-        known[value].shape = next(outer.shape for outer in port.hoist.values())
-        return known[value]
-
-    value = whole(port.value) if port.hoist else current(port.value)
+    lead = next(iter(known.values())) if port.rows else None
+    if lead is not None:
+        known = {inner: _reshaped(tape, outer, [ints(tape, -1)], outer, 2) for inner, outer in known.items()}
+    for value in in_order(port.value, known) if port.hoist else ():
+        known[value] = _whole(tape, value, known, port)
+    value = known[port.value] if port.hoist else current(port.value)
+    if lead is not None:
+        value = _reshaped(tape, value, [tape.op("Shape", [lead], {"start": 0, "end": 2})], value, 1)
     if not port.log and not port.negated:
         return value
     changed = tape.op("Log" if port.log else "Not", [value])
     changed.shape, changed.type = value.shape, value.type
     return changed
+
+
+def _reshaped(tape: Tape, value: ir.Value, front: Sequence[ir.Value], like: ir.Value, start: int) -> ir.Value:
+    """The value with other axes in front of those of `like` from `start` on."""
+    made = tape.op("Reshape", [value, tape.op("Concat", [*front, tape.op("Shape", [like], {"start": start})], {"axis": 0})])
+    made.type, made.shape = value.type, ir.Shape([None] * (len(value.shape or ()) + (1 if start == 1 else -1)))
+    return made
+
+
+def _whole(tape: Tape, value: ir.Value, known: Mapping[ir.Value, ir.Value], port: Port) -> ir.Value:
+    """One value of a step for all steps, from what its operands are for all steps."""
+    node = value.producer()
+    if node is None:
+        return value
+    made = tape.op(node.op_type, [None if v is None else known[v] for v in node.inputs], dict(node.attributes), domain=node.domain)
+    rank = len(value.shape or ()) if port.rows else 0
+    made.type, made.shape = value.type, ir.Shape([None] * rank) if port.rows else next(outer.shape for outer in port.hoist.values())
+    return made
 
 
 def _taken(tape: Tape, value: ir.Value, port: Port) -> ir.Value:

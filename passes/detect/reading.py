@@ -38,15 +38,17 @@ def arranged(value: Tensor, order: Sequence[int], lone: bool) -> Tensor:
 def sequence_port(step: Step, root: Value, order: Sequence[int], lone: bool, log: bool = False) -> Port | NoMatch:
     """The whole sequences behind a step's value, features last: (batch, time, n)."""
     found = step.sources(root)
+    rows = found is None and not lone
+    found = step.rowwise(root) if rows else found
     if not found:
-        return NoMatch("its step computes its inputs in a way that cannot be done for all steps at once")
+        return NoMatch("its step computes its inputs in a way that cannot be done for all steps at once, or for one batch size alone")
     x = next(x for x in step.loop.xs if x.inner in found)
     moved = [_outer_axis(x, axis) for axis in order if not (x.kept and axis == x.axis)]
     before = (x.axis, *moved) if lone else (moved[0], x.axis, *moved[1:])
     join = len(before) - (1 if lone else 2)
     layout = Layout(before if list(before) != sorted(before) else (), join)
     hoist = {} if root in found else found
-    return Port(found.get(root, root), layout, lone, hoist, log)
+    return Port(found.get(root, root), layout, lone, hoist, log, rows=rows)
 
 
 def _outer_axis(x: Slice, axis: int) -> int:

@@ -70,9 +70,8 @@ def read(graph: Graph, loop: Loop) -> Reading | NoMatch:
     if isinstance(step, NoMatch):
         return step
     found = _read(step, rng)
-    if isinstance(found, NoMatch) and (finer := step.finer()) is not None and isinstance(again := _read(finer, rng), Reading):
-        return again
-    return found
+    others = (_read(other, rng) for other in step.otherwise()) if isinstance(found, NoMatch) else ()
+    return next((other for other in others if isinstance(other, Reading)), found)
 
 
 def _read(step: Step, rng: torch.Generator) -> Reading | NoMatch:

@@ -5,7 +5,7 @@ Its boundary is what the state-dependent part reads of the rest of the step; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +24,7 @@ ELEMENTWISE = {"add", "sub", "mul", "div", *UNARY}
 # Of numbers from anywhere these are sums and products, so what agrees on random ones agrees on all; a clamp agrees only where it is idle.
 SUMS = {"aten.sum", "aten.mean", "ReduceSum", "ReduceMean", "add", "sub", "rsub", "neg", "concat", "stack", "repeat", "repeat_interleave"}
 PRODUCTS = {"mul", "matmul", "linear", "addmm", "gemm", "einsum", "outer", "conv", "aten.dot", "aten.addcmul"}
+BODIES = ("cond", "if", "loop", "scan")
 POLYNOMIAL = LAYOUT | SUMS | PRODUCTS | {"aten.flip", "aten.roll"}
 
 
@@ -130,10 +131,13 @@ class Step:
 
     def sources(self, value: Value) -> dict[Value, Value] | None:
         """The whole sequences that a value is computed from elementwise, by their slices; None where it is computed otherwise."""
-        found, stack, constants = dict[Value, Value](), [value], list[Value]()
+        found, stack, seen, constants = dict[Value, Value](), [value], set[Value](), list[Value]()
         outer = {x.inner: x for x in self.loop.xs}
         while stack:
             value = stack.pop()
+            if value in seen:
+                continue
+            seen.add(value)
             node = self.graph.producer(value)
             if value in outer:
                 found[value] = outer[value].outer
@@ -148,6 +152,32 @@ class Step:
             return None
         return found
 
+    def rowwise(self, value: Value) -> dict[Value, Value] | None:
+        """The same where rows of the batch, of which there may be any number, are computed each by itself; None where they are not."""
+        found, seen, stack = dict[Value, Value](), set[Value](), [value]
+        outer = {x.inner: x for x in self.loop.xs}
+        while stack:
+            here = stack.pop()
+            if here in seen or self.graph.is_const(here):
+                continue
+            seen.add(here)
+            node = self.graph.producer(here)
+            if here in outer:
+                found[here] = outer[here].outer
+            elif node is None or len(self.graph.outputs(node)) != 1 or self.graph.op(node) in BODIES:
+                return None
+            else:
+                stack.extend(v for v in self.graph.inputs(node) if v is not None)
+        if len({outer[v].axis for v in found}) != 1 or any(outer[v].kept or outer[v].axis > 1 for v in found):
+            return None
+        last = self.x[next(iter(found))].shape[0] - 1
+        rows = [last, 0, last]
+        try:
+            (whole,), (part,) = (self.graph.compute([value], x) for x in (self.x, {v: x[rows] for v, x in self.x.items()}))
+        except RewriteError:  # of one batch size
+            return None
+        return found if len(part) == len(rows) and close(part, whole[rows]) else None
+
     def _stays(self, x: Slice, constant: Value) -> bool:
         """Whether the constant meets the same axes of a whole sequence as of one step: all behind the time axis."""
         shape = list(self.graph.shape(constant) or ())
@@ -155,7 +185,8 @@ class Step:
             shape.pop(0)
         return bool(x.kept or len(shape) < len(self.graph.shape(x.outer) or ()) - x.axis)
 
-    def _edges(self) -> list[Value]:
+    def _edges(self, apart: bool = True) -> list[Value]:
+        """What the state-dependent part reads of the rest; an outer product as large as a state is its two sequences where `apart`."""
         found, seen, stack = dict[Value, None](), set[Value](), list(reversed([*self.ends, *self.ys]))
         while stack:
             value = stack.pop()
@@ -165,7 +196,7 @@ class Step:
             if not self.depends(value):
                 if not self.graph.is_const(value):
                     root = self.root(value)
-                    factors = self._factors(root)
+                    factors = self._factors(root) if apart else []
                     stack.extend(factors)
                     found.update({} if factors else {root: None})
                 continue
@@ -173,17 +204,20 @@ class Step:
             stack.extend(v for v in reversed(self.graph.inputs(node)) if v is not None)
         return list(found)
 
-    def finer(self) -> Step | None:
-        """The same reading the factors of products that it read, as beta and k for beta k; None where there are none."""
+    def otherwise(self) -> Iterator[Step]:
+        """The same reading more of the step, beta and k for beta k, or less, an outer product for its two sequences."""
+        for edges in (self._finer(), self._edges(apart=False)):
+            if set(edges) != set(self.edge) and all(_float(self.graph, v) for v in edges):
+                yield replace(self, edge=dict(zip(edges, self.graph.compute(edges, self.x), strict=True)))
+
+    def _finer(self) -> list[Value]:
         found = dict[Value, None]()
         for root in self.edge:
             node = None if root in self.x else self.graph.producer(root)
             operands = [v for v in self.graph.inputs(node) if v is not None] if node is not None and self.graph.op(node) == "mul" else []
             apart = len(operands) == 2 and not any(map(self.graph.is_const, operands))
             found.update(dict.fromkeys([self.root(v) for v in operands] if apart else [root]))
-        if set(found) == set(self.edge):
-            return None
-        return replace(self, edge=dict(zip(found, self.graph.compute(list(found), self.x), strict=True)))
+        return list(found)
 
 
 def step_of(graph: Graph, loop: Loop, rng: torch.Generator) -> Step | NoMatch:

@@ -43,10 +43,6 @@ class Diagonalised:
     error: ModalError  # of the modes as stored in the dtype that was asked for; zeros where it stays dense, infinite for rho(A) >= 1
     tried: tuple[str, ...]  # what each rung gave and why it was taken or not
 
-    def rounding_bound(self, dtype: torch.dtype) -> float:
-        """kappa(V) u, relative to the state, for each step."""
-        return self.kappa * unit_roundoff(dtype)
-
 
 @dataclass(frozen=True)
 class _Try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -123,6 +124,49 @@ class Cell(torch.nn.Module):
         return state, self.read(state) + self.skip(x[0])
 
 
+class MinGru(torch.nn.Module):
+    """Its gates are computed in the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.gate, self.enter = torch.nn.Linear(KEY, WIDTH), torch.nn.Linear(KEY, WIDTH)
+
+    def forward(self, state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        z = torch.sigmoid(self.gate(x[0]))
+        state = (1 - z) * state + z * self.enter(x[0])
+        return state, state
+
+
+class Projecting(torch.nn.Module):
+    """The delta rule with queries, keys, values and beta computed in the loop from one sequence."""
+
+    def __init__(self, rows: int = -1) -> None:
+        super().__init__()
+        self.rows = rows
+        torch.manual_seed(3)
+        self.made = torch.nn.ModuleDict({n: torch.nn.Linear(6, HEADS * m) for n, m in (("q", KEY), ("k", KEY), ("v", WIDTH), ("beta", 1))})
+
+    def forward(self, state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, v, beta = (made(x[0]).view(self.rows, HEADS, made.out_features // HEADS) for made in self.made.values())
+        k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
+        return delta(state, [q, k, v, beta[..., 0].sigmoid(), 0 * beta[..., 0]])
+
+
+class Selecting(torch.nn.Module):
+    """Mamba's with the decay and what is written made in the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(-1 - torch.arange(1.0 * KEY))
+
+    def forward(self, state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        u, dt, b, c = x
+        dt = torch.nn.functional.softplus(dt)
+        state = torch.exp(dt[..., None] * self.a) * state + (dt * u)[..., None] * b[:, None]
+        return state, (state @ c.unsqueeze(-1))[..., 0]
+
+
 def elman(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Non-linear."""
     state = torch.tanh(x[0] + 0.5 * state)
@@ -164,6 +208,9 @@ CASES = {
     "gated": Case(gated, ((WIDTH,), (WIDTH,)), (WIDTH,), "input-gated diagonal, 6 states", "DiagonalRecurrence"),
     "mamba": Case(mamba, (_HK, _HK, (KEY,)), (HEADS, KEY), "read by a query over 4", "DiagonalRecurrence"),
     "linear cell": Case(Cell, ((KEY,),), (WIDTH,), "time-invariant, 6 states, dense transition", "LinearSystem"),
+    "min gru": Case(MinGru, ((KEY,),), (WIDTH,), "input-gated diagonal, 6 states", "DiagonalRecurrence"),
+    "projecting": Case(Projecting, ((6,),), (HEADS, KEY, WIDTH), "gated delta rule", "LinearAttention"),
+    "selecting": Case(Selecting, ((WIDTH,), (WIDTH,), (KEY,), (KEY,)), (WIDTH, KEY), "read by a query over 4", "DiagonalRecurrence"),
     "elman": Case(elman, ((WIDTH,),), (WIDTH,), "non-linear in its state", ""),
 }
 
@@ -202,8 +249,9 @@ class Scan(torch.nn.Module):
         return y.transpose(0, 1), state
 
 
+@functools.cache
 def exported(case: Case, dynamic: bool) -> ExportedProgram:
-    """The loop unrolled, or the scan with dynamic batch and length."""
+    """The loop unrolled, or the scan with dynamic batch and length; not to be edited."""
     inputs = tuple(case.feeds().values())
     if not dynamic:
         return torch.export.export(Loop(case), inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from rewriter.passes.detect.recurrence import detect
 from rewriter.passes.structures.linear_attention import LinearAttention
 from rewriter.passes.structures.linear_system import LinearSystem
 from rewriter.tolerances import EQUAL
-from tests.detect.loops import BATCH, CASES, HEADS, KEY, TIME, WIDTH, Loop, Scan, exported, onnx_loop, ready, to_onnx
+from tests.detect.loops import BATCH, CASES, HEADS, KEY, TIME, WIDTH, Loop, Projecting, Scan, exported, onnx_loop, ready, to_onnx
 
 
 def sites(graph: Graph) -> list[Site]:
@@ -69,8 +70,13 @@ def test_torch_spellings(name: str, dynamic: bool) -> None:
             equal(graph, after, case.feeds(time))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["unrolled", "scan"])
-@pytest.mark.parametrize("name", ["transposed", "mamba", "linear cell"])
+_BOTH = ("transposed", "mamba", "linear cell", "min gru")
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [*itertools.product(_BOTH, (False, True)), ("projecting", False), ("selecting", False)],  # torch.onnx cannot write their scans
+)
 def test_onnx_spellings(name: str, dynamic: bool) -> None:
     case = CASES[name]
     graph = OnnxGraph(to_onnx(exported(case, dynamic)))
@@ -80,6 +86,21 @@ def test_onnx_spellings(name: str, dynamic: bool) -> None:
         after = raised(graph)
         for time in (1, 4, 7, 65) if dynamic else (TIME,):
             equal(graph, after, case.feeds(time))
+
+
+def test_inputs_made_for_one_batch_size_are_not() -> None:
+    case = replace(CASES["projecting"], step=Projecting(rows=BATCH))
+    assert "or for one batch size alone" in only(FxGraph.of(exported(case, False))).reason
+
+
+def test_inputs_that_mix_the_batch_are_not() -> None:
+    def mixing(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = x
+        state = torch.sigmoid(a - a.mean(0)) * state + b
+        return state, state
+
+    case = replace(CASES["gated"], step=mixing)
+    assert "cannot be done for all steps at once" in only(FxGraph.of(exported(case, True))).reason
 
 
 def test_an_unrolled_loop_of_any_batch_is_read() -> None:
