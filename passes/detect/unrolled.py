@@ -97,15 +97,17 @@ class _Chain:
         return [list({id(v): v for v in (self._retreat(c, t) for c in crossing.values())}.values()) for t, crossing in enumerate(found)]
 
     def _retreat(self, value: Value, t: int) -> Value:
+        """The state that a step begins with: before what the next step alone does to it."""
+        came: Value | None = None
         while True:
             node = self.graph.producer(value)
-            later = [self.level.get(id(v), -1) for user in self.graph.users(value) for v in self._results(user)]
-            if node is None or any(x != t + 1 for x in later):
+            later = [v for user in self.graph.users(value) for v in self._results(user) if v is not came]
+            if node is None or any(self.level.get(id(v), -1) != t + 1 for v in later):
                 return value
             varying = [v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v)]
             if len(varying) != 1 or self.level.get(id(varying[0]), -1) != t or id(varying[0]) in self.slices:
                 return value
-            value = varying[0]
+            came, value = value, varying[0]
 
     def _results(self, node: Node) -> Sequence[Value]:
         return [v for v in self.graph.outputs(node) if id(v) in self.values]
@@ -120,7 +122,9 @@ class _Chain:
             joined = [i for i in self._reached(result) if i in carries] + [i for i in carries if carries[i][1] is result]
             groups.add_edges_from(pairwise(joined))
         for group in networkx.connected_components(groups):
-            yield self._loop(walk, [pair for i, pair in carries.items() if i in group])
+            loop = self._loop(walk, [pair for i, pair in carries.items() if i in group])
+            if loop.nodes:
+                yield loop
 
     def _reached(self, result: Value) -> dict[int, None]:
         """Ids of the states and slices that a result of step 1 is computed from."""

@@ -82,6 +82,14 @@ def fading(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return state, torch.einsum("bhk,bhkv->bhv", q, state)
 
 
+def fading_slowly(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Linear attention that forgets by more than one operation before it writes."""
+    q, k, v = x
+    state = (0.9 * state.transpose(-1, -2)).transpose(-1, -2) / 1.5
+    state = state + k[..., None] * v[..., None, :]
+    return state, torch.einsum("bhk,bhkv->bhv", q, state)
+
+
 def per_key(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gated linear attention (GLA): a decay for every entry of the key."""
     q, k, v, g = x
@@ -204,6 +212,7 @@ CASES = {
     "one head": Case(plain, ((KEY,), (KEY,), (WIDTH,)), (KEY, WIDTH), "linear attention, 1 head", "LinearAttention"),
     "retention": Case(Retaining, (_HK, _HK, _HV), (HEADS, KEY, WIDTH), "fixed-decay linear attention, 3 heads", "Retention"),
     "fading": Case(fading, (_HK, _HK, _HV, (HEADS,)), (HEADS, KEY, WIDTH), "fixed-decay delta rule", "Retention"),
+    "slowly": Case(fading_slowly, (_HK, _HK, _HV), (HEADS, KEY, WIDTH), "fixed-decay linear attention", "Retention"),
     "per key": Case(per_key, (_HK, _HK, _HV, _HK), (HEADS, KEY, WIDTH), "per key entry", "LinearAttention"),
     "gated": Case(gated, ((WIDTH,), (WIDTH,)), (WIDTH,), "input-gated diagonal, 6 states", "DiagonalRecurrence"),
     "mamba": Case(mamba, (_HK, _HK, (KEY,)), (HEADS, KEY), "read by a query over 4", "DiagonalRecurrence"),

@@ -88,6 +88,17 @@ def test_onnx_spellings(name: str, dynamic: bool) -> None:
             equal(graph, after, case.feeds(time))
 
 
+def test_a_loop_of_which_only_the_last_result_is_used_is_none() -> None:
+    class Last(torch.nn.Module):
+        def forward(self, x: Tensor, s: Tensor) -> Tensor:
+            for t in range(x.shape[1]):
+                y = s * x[:, t]
+                s = 0.9 * s + x[:, t]
+            return y
+
+    assert not list(detect(FxGraph.of(torch.export.export(Last(), (torch.randn(2, TIME, WIDTH), torch.randn(2, WIDTH))))))
+
+
 def test_inputs_made_for_one_batch_size_are_not() -> None:
     case = replace(CASES["projecting"], step=Projecting(rows=BATCH))
     assert "or for one batch size alone" in only(FxGraph.of(exported(case, False))).reason
