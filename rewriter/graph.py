@@ -59,6 +59,9 @@ class Port:
     hoist: Mapping[Value, Value] = field(default_factory=dict)  # `value` is one step's, elementwise from these: they -> whole sequences
     log: bool = False  # the map takes its logarithm
     negated: bool = False  # the map takes its negation, of booleans
+    after: tuple[Value, Value] | None = (
+        None  # the map gives the first in each step, `value` is the second, row by row from it and the hoisted
+    )
     rows: bool = False  # `value` is row by row from what is hoisted, not elementwise: the sequences' first two axes are one meanwhile
 
 

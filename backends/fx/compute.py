@@ -16,7 +16,7 @@ from rewriter.errors import RewriteError
 
 def compute(wanted: Sequence[Node], given: Mapping[Node, Tensor], const: Callable[[Node], Tensor | None]) -> list[Tensor]:
     """See rewriter.graph.Graph.compute."""
-    dtype = next((t.dtype for t in given.values() if t.is_floating_point()), torch.float32)
+    dtype = next((t.dtype for t in given.values() if isinstance(t, Tensor) and t.is_floating_point()), torch.float32)
     known: dict[Node, Any] = dict(given)
     with torch.no_grad():
         for node in _order(wanted, known):

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def refusal(region: Region) -> str:
     """ "" where the map's node has a place after all inputs and before all readers of the outputs."""
     order = {node: i for i, node in enumerate(region.nodes[-1].graph.nodes)}
-    taken = [v for p in region.inputs for v in (p.hoist.values() or [p.value])]
+    taken = sources(region)
     if any(v not in order for v in [*taken, *(p.value for p in region.outputs if p is not None)]):
         return "its inputs and outputs lie in different bodies"
     if _last_input(region, order) >= min((order[u] for u in readers(region)), default=len(order)):
@@ -35,7 +35,13 @@ def readers(region: Region) -> list[Node]:
 
 
 def _last_input(region: Region, order: dict[Node, int]) -> int:
-    return max(order[v] for p in region.inputs for v in (p.hoist.values() or [p.value]))
+    return max(order[v] for v in sources(region))
+
+
+def sources(region: Region) -> list[Node]:
+    """What the map, and what is done to its results, read of the outside."""
+    after = [v for p in region.outputs if p is not None for v in p.hoist.values()]
+    return [v for p in region.inputs for v in (p.hoist.values() or [p.value])] + after
 
 
 def stand_in(
@@ -44,9 +50,8 @@ def stand_in(
     """(original output, its stand-in) for each output that is read."""
     like = region.nodes[-1]
     graph = like.graph
-    sources = [current(v) for p in region.inputs for v in (p.hoist.values() or [p.value])]
     order = {node: i for i, node in enumerate(graph.nodes)}
-    after = max([*sources, *factors], key=order.__getitem__)
+    after = max([*map(current, sources(region)), *factors], key=order.__getitem__)
     while after.next.op == "placeholder":
         after = after.next
 
@@ -59,23 +64,41 @@ def stand_in(
         pairs = []
         for i, port in enumerate(region.outputs):
             if port is not None:
-                pairs.append((port.value, _given(call, call(operator.getitem, node, i), port)))
+                given = _given(call, call(operator.getitem, node, i), port)
+                pairs.append((port.value, given if port.after is None else _finished(call, given, port, port.after, current)))
     return pairs
 
 
 def _hoisted(call: Callable[..., Node], port: Port, current: Callable[[Node], Node]) -> Node:
     """What one step computes elementwise, or row by row, computed for all steps at once."""
-    known = {inner: current(outer) for inner, outer in port.hoist.items()}
-    lead = next(iter(known.values())) if port.rows else None
-    if lead is not None:
-        known = {inner: call(aten.flatten.using_ints, outer, 0, 1) for inner, outer in known.items()}
-    for value in _in_order(port.value, known) if port.hoist else ():
-        known[value] = current(value) if value.op in ("placeholder", "get_attr") else _whole(call, value, known)
-    value = known[port.value] if port.hoist else current(port.value)
-    if lead is not None:
-        value = call(aten.unflatten.int, value, 0, [call(aten.sym_size.int, lead, 0), call(aten.sym_size.int, lead, 1)])
+    whole = {inner: current(outer) for inner, outer in port.hoist.items()}
+    if port.rows:
+        value = _by_row(call, port.value, whole, current)
+    else:
+        value = _replayed(call, port.value, whole, current) if whole else current(port.value)
     value = call(aten.logical_not.default, value) if port.negated else value
     return call(aten.log.default, value) if port.log else value
+
+
+def _finished(call: Callable[..., Node], given: Node, port: Port, after: tuple[Node, Node], current: Callable[[Node], Node]) -> Node:
+    """What a step does to its result afterwards."""
+    whole = {inner: current(outer) for inner, outer in port.hoist.items()}
+    return _by_row(call, after[1], {after[0]: given, **whole}, current)
+
+
+def _by_row(call: Callable[..., Node], value: Node, whole: Mapping[Node, Node], current: Callable[[Node], Node]) -> Node:
+    """A value from sequences whose first two axes are one meanwhile."""
+    lead = next(iter(whole.values()))
+    rows = {inner: call(aten.flatten.using_ints, outer, 0, 1) for inner, outer in whole.items()}
+    found = _replayed(call, value, rows, current)
+    return call(aten.unflatten.int, found, 0, [call(aten.sym_size.int, lead, 0), call(aten.sym_size.int, lead, 1)])
+
+
+def _replayed(call: Callable[..., Node], value: Node, given: Mapping[Node, Node], current: Callable[[Node], Node]) -> Node:
+    known = dict(given)
+    for node in _in_order(value, known):
+        known[node] = current(node) if node.op in ("placeholder", "get_attr") else _whole(call, node, known)
+    return known[value]
 
 
 def _in_order(value: Node, known: Container[Node]) -> list[Node]:

@@ -157,14 +157,15 @@ def _sequences(step: ir.Value, body: ir.Graph, const: Const) -> Iterator[Slice]:
         axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0) % rank(outer)
         kept = index.shape is not None and len(index.shape) == 1
         users = node.outputs[0].consumers()
-        bare = [n for n in users if kept and n.op_type == "Squeeze" and _axes(n, const) in ([axis], [axis - rank(outer)])]
+        bare = [n for n in users if kept and n.op_type == "Squeeze" and axes(n, const) in ([axis], [axis - rank(outer)])]
         yield from (Slice(n.outputs[0], outer, axis) for n in bare)
         if not bare or len(bare) < len(users):
             yield Slice(node.outputs[0], outer, axis, kept)
 
 
-def _axes(squeeze: ir.Node, const: Const) -> list[int]:
-    held = const(squeeze.inputs[1]) if len(squeeze.inputs) > 1 and squeeze.inputs[1] is not None else None
+def axes(node: ir.Node, const: Const) -> list[int]:
+    """Of a Squeeze or an Unsqueeze."""
+    held = const(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
     return [] if held is None else [int(axis) for axis in held.flatten()]
 
 

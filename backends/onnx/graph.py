@@ -169,7 +169,7 @@ class OnnxGraph:
         return loops.sliced(value, self.const)
 
     def stacked(self, node: ir.Node) -> tuple[Sequence[ir.Value], int, bool] | None:
-        return loops.stacked(node)
+        return loops.stacked(node, self.const)
 
     def compute(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Tensor]) -> list[Tensor]:
         return compute(wanted, given, self.constants)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from rewriter.backends.onnx.counted import Const, counted, is_read, rank
+from rewriter.backends.onnx.counted import Const, axes, counted, is_read, rank
 from rewriter.graph import Carry, Loop, Slice
 
 
@@ -32,8 +32,8 @@ def _scan(node: ir.Node) -> Loop | str:
         Carry(b, e, i, o if is_read(o) else None)
         for b, e, i, o in zip(body.inputs[:states], body.outputs[:states], inputs[:states], node.outputs[:states], strict=True)
     ]
-    axes = zip(body.inputs[states:], inputs[states:], _ints(node, "scan_input_axes", count), strict=True)
-    xs = [Slice(inner, outer, axis % rank(outer)) for inner, outer, axis in axes]
+    taken = zip(body.inputs[states:], inputs[states:], _ints(node, "scan_input_axes", count), strict=True)
+    xs = [Slice(inner, outer, axis % rank(outer)) for inner, outer, axis in taken]
     given = zip(body.outputs[states:], node.outputs[states:], _ints(node, "scan_output_axes", outs), strict=True)
     ys = [Slice(inner, outer, axis % rank(outer)) for inner, outer, axis in given if is_read(outer)]
     return Loop((node,), tuple(carries), tuple(xs), tuple(ys))
@@ -70,8 +70,10 @@ def _positive(source: ir.Value, axis: int, index: int) -> tuple[int, int]:
     return axis, index % size if isinstance(size, int) and size else index
 
 
-def stacked(node: ir.Node) -> tuple[Sequence[ir.Value], int, bool] | None:
+def stacked(node: ir.Node, const: Const) -> tuple[Sequence[ir.Value], int, bool] | None:
     """See rewriter.graph.Graph.stacked."""
     if node.op_type != "Concat" or any(v is None for v in node.inputs):
         return None
-    return [v for v in node.inputs if v is not None], node.attributes["axis"].as_int() % rank(node.outputs[0]), True
+    pieces, axis = [v for v in node.inputs if v is not None], node.attributes["axis"].as_int() % rank(node.outputs[0])
+    bare = [n.inputs[0] for v in pieces if (n := v.producer()) is not None and n.op_type == "Unsqueeze" and axes(n, const) == [axis]]
+    return ([v for v in bare if v is not None], axis, False) if len(bare) == len(pieces) else (pieces, axis, True)

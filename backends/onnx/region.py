@@ -27,8 +27,9 @@ def refusal(region: Region) -> str:
 
 
 def sources(region: Region) -> list[ir.Value]:
-    """What the map reads of the outside."""
-    return [v for p in region.inputs for v in (p.hoist.values() or [p.value])]
+    """What the map, and what is done to its results, read of the outside."""
+    after = [v for p in region.outputs if p is not None for v in p.hoist.values()]
+    return [v for p in region.inputs for v in (p.hoist.values() or [p.value])] + after
 
 
 def anchor(region: Region, current: Callable[[ir.Value], ir.Value]) -> ir.Node | None:
@@ -51,25 +52,45 @@ def stand_in(
     tape._nodes.append(node)  # a tape makes nodes, it cannot be handed one
     for value in node.outputs:
         value.type = taken[0].type
-    return [(p.value, _given(tape, v, p)) for p, v in zip(region.outputs, node.outputs, strict=True) if p is not None]
+    read = [(p, _given(tape, v, p)) for p, v in zip(region.outputs, node.outputs, strict=True) if p is not None]
+    return [(p.value, v if p.after is None else _finished(tape, v, p, p.after, current)) for p, v in read]
 
 
 def _hoisted(tape: Tape, port: Port, current: Callable[[ir.Value], ir.Value]) -> ir.Value:
     """What one step computes elementwise, or row by row, computed for all steps at once."""
-    known = {inner: current(outer) for inner, outer in port.hoist.items()}
-    lead = next(iter(known.values())) if port.rows else None
-    if lead is not None:
-        known = {inner: _reshaped(tape, outer, [ints(tape, -1)], outer, 2) for inner, outer in known.items()}
-    for value in in_order(port.value, known) if port.hoist else ():
-        known[value] = _whole(tape, value, known, port)
-    value = known[port.value] if port.hoist else current(port.value)
-    if lead is not None:
-        value = _reshaped(tape, value, [tape.op("Shape", [lead], {"start": 0, "end": 2})], value, 1)
+    whole = {inner: current(outer) for inner, outer in port.hoist.items()}
+    if port.rows:
+        value = _by_row(tape, port.value, whole)
+    else:
+        value = _replayed(tape, port.value, whole, next(iter(whole.values())).shape) if whole else current(port.value)
     if not port.log and not port.negated:
         return value
     changed = tape.op("Log" if port.log else "Not", [value])
     changed.shape, changed.type = value.shape, value.type
     return changed
+
+
+def _finished(
+    tape: Tape, given: ir.Value, port: Port, after: tuple[ir.Value, ir.Value], current: Callable[[ir.Value], ir.Value]
+) -> ir.Value:
+    """What a step does to its result afterwards."""
+    return _by_row(tape, after[1], {after[0]: given, **{inner: current(outer) for inner, outer in port.hoist.items()}})
+
+
+def _by_row(tape: Tape, value: ir.Value, whole: Mapping[ir.Value, ir.Value]) -> ir.Value:
+    """A value from sequences whose first two axes are one meanwhile."""
+    lead = next(iter(whole.values()))
+    rows = {inner: _reshaped(tape, outer, [ints(tape, -1)], outer, 2) for inner, outer in whole.items()}
+    found = _replayed(tape, value, rows, None)
+    return _reshaped(tape, found, [tape.op("Shape", [lead], {"start": 0, "end": 2})], found, 1)
+
+
+def _replayed(tape: Tape, value: ir.Value, given: Mapping[ir.Value, ir.Value], shape: ir.Shape | None) -> ir.Value:
+    """Of the shape that all have, or of the step's rank."""
+    known = dict(given)
+    for made in in_order(value, known):
+        known[made] = _whole(tape, made, known, shape)
+    return known[value]
 
 
 def _reshaped(tape: Tape, value: ir.Value, front: Sequence[ir.Value], like: ir.Value, start: int) -> ir.Value:
@@ -79,14 +100,13 @@ def _reshaped(tape: Tape, value: ir.Value, front: Sequence[ir.Value], like: ir.V
     return made
 
 
-def _whole(tape: Tape, value: ir.Value, known: Mapping[ir.Value, ir.Value], port: Port) -> ir.Value:
+def _whole(tape: Tape, value: ir.Value, known: Mapping[ir.Value, ir.Value], shape: ir.Shape | None) -> ir.Value:
     """One value of a step for all steps, from what its operands are for all steps."""
     node = value.producer()
     if node is None:
         return value
     made = tape.op(node.op_type, [None if v is None else known[v] for v in node.inputs], dict(node.attributes), domain=node.domain)
-    rank = len(value.shape or ()) if port.rows else 0
-    made.type, made.shape = value.type, ir.Shape([None] * rank) if port.rows else next(outer.shape for outer in port.hoist.values())
+    made.type, made.shape = value.type, shape or ir.Shape([None] * len(value.shape or ()))
     return made
 
 
@@ -118,7 +138,7 @@ def _given(tape: Tape, value: ir.Value, port: Port) -> ir.Value:
     if layout.join == 0:
         value = tape.op("Squeeze", [value, ints(tape, -1)])
     if layout.spread or layout.join > 1:
-        kept = len(port.value.shape or ()) - max(len(layout.spread), 1)
+        kept = 2 if port.after else len(port.value.shape or ()) - max(len(layout.spread), 1)
         value = tape.op("Reshape", [value, ints(tape, *[0] * kept, *(layout.spread or [-1]))])
     if layout.after:
         value = tape.op("Transpose", [value], {"perm": list(layout.after)})

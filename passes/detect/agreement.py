@@ -28,7 +28,7 @@ class Sizes:
         if isinstance(size, int):
             return size
         parts = size.replace(" ", "").split("*")
-        if len(parts) > 1 and all(p.isalnum() for p in parts):
+        if len(parts) > 1 and all(p.isdigit() or p.isidentifier() for p in parts):
             return math.prod(int(p) if p.isdigit() else self.of(p) for p in parts)
         if size not in self.known:
             self.known[size] = next(n for n in chain((2, 5, 7, 3), count(11)) if n not in self.known.values())

@@ -185,7 +185,7 @@ def _match(
     scale = _scale(out, y)
     form, out = replace(form, scale=scale), out * scale
     heads = form.heads * form.group
-    result = result_port(step.loop.ys[0], y, out, (heads, form.width), view.lone)
+    result = result_port(step.y, y, out, (heads, form.width), view.lone)
     if isinstance(result, NoMatch):
         return None
     return _reading(step, view, form, roots, order, result)

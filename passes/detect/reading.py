@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 from torch import Tensor
 
 from rewriter.graph import PLAIN, Layout, Port, Region, Slice, Value
 from rewriter.operator import AbstractRecurrence
+from rewriter.passes.detect.hoisting import rowwise, sources
 from rewriter.passes.detect.step import LAYOUT, Step, close
 from rewriter.structure import NoMatch
 
@@ -37,9 +38,9 @@ def arranged(value: Tensor, order: Sequence[int], lone: bool) -> Tensor:
 
 def sequence_port(step: Step, root: Value, order: Sequence[int], lone: bool, log: bool = False) -> Port | NoMatch:
     """The whole sequences behind a step's value, features last: (batch, time, n)."""
-    found = step.sources(root)
+    found = sources(step, root)
     rows = found is None and not lone
-    found = step.rowwise(root) if rows else found
+    found = rowwise(step, root) if rows else found
     if not found:
         return NoMatch("its step computes its inputs in a way that cannot be done for all steps at once, or for one batch size alone")
     x = next(x for x in step.loop.xs if x.inner in found)
@@ -66,6 +67,20 @@ def result_port(y: Slice, value: Tensor, flat: Tensor, sizes: Sequence[int], lon
         if moved.numel() == value.numel() and close(moved.reshape(value.shape), value):
             return Port(y.outer, _given(y, order, list(value.shape[first:]), sizes, first), lone)
     return NoMatch(f"its result of rank {rank} is no rearrangement of what the state is read to")
+
+
+def finished(step: Step, reading: Reading) -> Reading | None:
+    """The reading with what the step does to its result afterwards, for all steps at once; None where that cannot be."""
+    if step.cut is None:
+        return reading
+    (y,), (port, *states) = step.loop.ys, reading.region.outputs
+    (cut,) = step.compute([step.cut], {**step.state, **step.x})
+    found = rowwise(step, y.inner, {step.cut: cut})
+    axes = {x.axis for x in step.loop.xs if found is not None and x.inner in found}
+    if found is None or port is None or port.lone or y.kept or y.axis > 1 or axes - {y.axis}:
+        return None
+    result = replace(port, hoist=found, rows=True, after=(step.cut, y.inner))
+    return replace(reading, region=replace(reading.region, outputs=(result, *states)))
 
 
 def _given(y: Slice, order: Sequence[int], shape: list[int], sizes: Sequence[int], first: int) -> Layout:

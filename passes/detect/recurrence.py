@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 
@@ -12,7 +13,7 @@ from rewriter.operator import AbstractRecurrence
 from rewriter.passes.detect.gated_state import read_gated
 from rewriter.passes.detect.linear import unique
 from rewriter.passes.detect.matrix_state import describe, read_matrix_state
-from rewriter.passes.detect.reading import Reading
+from rewriter.passes.detect.reading import Reading, finished
 from rewriter.passes.detect.recurrent_layer import LAYERS, kind_of, matrices, read_identity_rnn
 from rewriter.passes.detect.recurrent_node import read_linear_attention
 from rewriter.passes.detect.step import Step, close, step_of
@@ -70,8 +71,13 @@ def read(graph: Graph, loop: Loop) -> Reading | NoMatch:
     if isinstance(step, NoMatch):
         return step
     found = _read(step, rng)
-    others = (_read(other, rng) for other in step.otherwise()) if isinstance(found, NoMatch) else ()
-    return next((other for other in others if isinstance(other, Reading)), found)
+    if isinstance(found, Reading):
+        return found
+    for other in chain(step.otherwise(), (other for cut in step.cuts() for other in (cut, *cut.otherwise()))):
+        again = _read(other, rng)
+        if isinstance(again, Reading) and (whole := finished(other, again)) is not None:
+            return whole
+    return found
 
 
 def _read(step: Step, rng: torch.Generator) -> Reading | NoMatch:
@@ -106,7 +112,7 @@ def _affine(step: Step, rng: torch.Generator) -> bool:
 
 def _mixed(graph: Graph, region: Region) -> str:
     """Why it cannot be one operator: it has one type."""
-    types = {graph.dtype(p.value) for p in (*region.inputs, *region.outputs) if p is not None}
+    types = {graph.dtype(p.after[0] if p.after else p.value) for p in (*region.inputs, *region.outputs) if p is not None}
     names = sorted(str(t).removeprefix("torch.") for t in types)
     return f"its sequences, state and results are of types {', '.join(names)}; one type can be raised" if len(types) > 1 else ""
 

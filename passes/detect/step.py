@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import networkx
 import torch
 from torch import Tensor
 
@@ -17,14 +18,13 @@ from rewriter.structure import NoMatch
 from rewriter.tolerances import EQUAL
 
 BATCH = 7  # what a size that varies becomes; few axes of a model are as long
+CUTS = 24  # operations on a result after its readout
+STATE = "state"
 DTYPE = torch.float64
 LAYOUT = {"reshape", "transpose", "unsqueeze", "squeeze", "expand", "identity", "select", "slice", "getitem", "unbind", "split"}
-UNARY = {"cast", "exp", "log", "neg", "sigmoid", "tanh", "relu", "silu", "softplus", "sqrt", "abs", "reciprocal"}
-ELEMENTWISE = {"add", "sub", "mul", "div", *UNARY}
 # Of numbers from anywhere these are sums and products, so what agrees on random ones agrees on all; a clamp agrees only where it is idle.
 SUMS = {"aten.sum", "aten.mean", "ReduceSum", "ReduceMean", "add", "sub", "rsub", "neg", "concat", "stack", "repeat", "repeat_interleave"}
 PRODUCTS = {"mul", "matmul", "linear", "addmm", "gemm", "einsum", "outer", "conv", "aten.dot", "aten.addcmul"}
-BODIES = ("cond", "if", "loop", "scan")
 POLYNOMIAL = LAYOUT | SUMS | PRODUCTS | {"aten.flip", "aten.roll"}
 
 
@@ -37,7 +37,9 @@ class Step:
     state: dict[Value, Tensor] = field(default_factory=dict)  # by begin
     x: dict[Value, Tensor] = field(default_factory=dict)  # by inner value
     edge: dict[Value, Tensor] = field(default_factory=dict)  # the boundary, seen through layout, at x
+    sizes: dict[Value, Tensor] = field(default_factory=dict)  # what reshapes read, at x
     batched: bool = False  # the first axis of the state varies
+    cut: Value | None = None  # what stands for the result, which is computed from it row by row
     _depends: dict[Value, bool] = field(default_factory=dict)
 
     @property
@@ -46,7 +48,13 @@ class Step:
 
     @property
     def ys(self) -> list[Value]:
-        return [self._itself(y.inner) for y in self.loop.ys]
+        return [self.cut] if self.cut is not None else [self._itself(y.inner) for y in self.loop.ys]
+
+    @property
+    def y(self) -> Slice:
+        """The one result."""
+        (y,) = self.loop.ys
+        return y if self.cut is None else Slice(self.cut, y.outer, y.axis)
 
     def _itself(self, value: Value) -> Value:
         """Before copies."""
@@ -56,8 +64,12 @@ class Step:
 
     def run(self, state: Mapping[Value, Tensor], given: Mapping[Value, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """(new states, ys) from states and the boundary, or the x's."""
-        found = self.graph.compute([*self.ends, *self.ys], {**state, **given})
+        found = self.compute([*self.ends, *self.ys], {**state, **given})
         return found[: len(self.ends)], found[len(self.ends) :]
+
+    def compute(self, wanted: Sequence[Value], given: Mapping[Value, Tensor]) -> list[Tensor]:
+        """Of as many rows as the examples have."""
+        return self.graph.compute(wanted, {**self.sizes, **given})
 
     def depends(self, value: Value) -> bool:
         """On a state."""
@@ -88,9 +100,9 @@ class Step:
                 continue
             seen.add(value)
             node = self.graph.producer(value)
-            if node is None or self.graph.op(node) in ("fill", "zeros"):
+            if node is None or self.graph.op(node) in ("fill", "zeros", "shape"):
                 continue
-            if not self._polynomial(node, value, inputs):
+            if not self._polynomial(node, value, inputs) or self._by_size(node, value):
                 return self.graph.op(node)
             stack.extend(v for v in self.graph.inputs(node) if v is not None)
         return ""
@@ -102,6 +114,11 @@ class Step:
         if op == "div":
             return given[1] is None or self.graph.is_const(given[1]) or (inputs is self.edge and not self.depends(given[1]))
         return op in POLYNOMIAL or self.graph.sliced(value) is not None
+
+    def _by_size(self, node: Node, value: Value) -> bool:
+        """Whether a size goes into numbers: the examples have one."""
+        varying = (v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v))
+        return _float(self.graph, value) and self.graph.op(node) not in LAYOUT and not all(_float(self.graph, v) for v in varying)
 
     def _factors(self, root: Value) -> list[Value]:
         """The two that an outer product as large as a state is made of."""
@@ -129,62 +146,6 @@ class Step:
         node = self.graph.producer(self.root(outer))
         return node, "" if node is None else self.graph.op(node)
 
-    def sources(self, value: Value) -> dict[Value, Value] | None:
-        """The whole sequences that a value is computed from elementwise, by their slices; None where it is computed otherwise."""
-        found, stack, seen, constants = dict[Value, Value](), [value], set[Value](), list[Value]()
-        outer = {x.inner: x for x in self.loop.xs}
-        while stack:
-            value = stack.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            node = self.graph.producer(value)
-            if value in outer:
-                found[value] = outer[value].outer
-            elif self.graph.is_const(value):
-                constants.append(value)
-            elif node is None or self.graph.op(node) not in ELEMENTWISE:
-                return None
-            else:
-                stack.extend(v for v in self.graph.inputs(node) if v is not None)
-        alike = {(outer[v].axis, outer[v].kept, tuple(self.x[v].shape)) for v in found}
-        if len(alike) != 1 or not all(self._stays(outer[next(iter(found))], c) for c in constants):
-            return None
-        return found
-
-    def rowwise(self, value: Value) -> dict[Value, Value] | None:
-        """The same where rows of the batch, of which there may be any number, are computed each by itself; None where they are not."""
-        found, seen, stack = dict[Value, Value](), set[Value](), [value]
-        outer = {x.inner: x for x in self.loop.xs}
-        while stack:
-            here = stack.pop()
-            if here in seen or self.graph.is_const(here):
-                continue
-            seen.add(here)
-            node = self.graph.producer(here)
-            if here in outer:
-                found[here] = outer[here].outer
-            elif node is None or len(self.graph.outputs(node)) != 1 or self.graph.op(node) in BODIES:
-                return None
-            else:
-                stack.extend(v for v in self.graph.inputs(node) if v is not None)
-        if len({outer[v].axis for v in found}) != 1 or any(outer[v].kept or outer[v].axis > 1 for v in found):
-            return None
-        last = self.x[next(iter(found))].shape[0] - 1
-        rows = [last, 0, last]
-        try:
-            (whole,), (part,) = (self.graph.compute([value], x) for x in (self.x, {v: x[rows] for v, x in self.x.items()}))
-        except RewriteError:  # of one batch size
-            return None
-        return found if len(part) == len(rows) and close(part, whole[rows]) else None
-
-    def _stays(self, x: Slice, constant: Value) -> bool:
-        """Whether the constant meets the same axes of a whole sequence as of one step: all behind the time axis."""
-        shape = list(self.graph.shape(constant) or ())
-        while shape and shape[0] == 1:
-            shape.pop(0)
-        return bool(x.kept or len(shape) < len(self.graph.shape(x.outer) or ()) - x.axis)
-
     def _edges(self, apart: bool = True) -> list[Value]:
         """What the state-dependent part reads of the rest; an outer product as large as a state is its two sequences where `apart`."""
         found, seen, stack = dict[Value, None](), set[Value](), list(reversed([*self.ends, *self.ys]))
@@ -193,22 +154,49 @@ class Step:
             if value in seen or value in self.state:
                 continue
             seen.add(value)
-            if not self.depends(value):
-                if not self.graph.is_const(value):
-                    root = self.root(value)
-                    factors = self._factors(root) if apart else []
-                    stack.extend(factors)
-                    found.update({} if factors else {root: None})
-                continue
-            node = self.graph.producer(value)
-            stack.extend(v for v in reversed(self.graph.inputs(node)) if v is not None)
+            if self.depends(value):
+                stack.extend(v for v in reversed(self.graph.inputs(self.graph.producer(value))) if v is not None)
+            elif self._is_size(value):
+                self.sizes.update(zip([value], self.graph.compute([value], self.x), strict=True))
+            elif not self.graph.is_const(value):
+                root = self.root(value)
+                factors = self._factors(root) if apart else []
+                stack.extend(factors)
+                found.update({} if factors else {root: None})
         return list(found)
 
     def otherwise(self) -> Iterator[Step]:
         """The same reading more of the step, beta and k for beta k, or less, an outer product for its two sequences."""
         for edges in (self._finer(), self._edges(apart=False)):
-            if set(edges) != set(self.edge) and all(_float(self.graph, v) for v in edges):
-                yield replace(self, edge=dict(zip(edges, self.graph.compute(edges, self.x), strict=True)))
+            if set(edges) != set(self.edge):
+                yield from self._reading(edges)
+
+    def cuts(self) -> Iterator[Step]:
+        """The same with its result nearer to the state: what is done to it afterwards, a skip, a gate, a norm, needs no recurrence.
+
+        Every way from the result to a state leads through such a value: it dominates them.
+        """
+        if len(self.loop.ys) != 1:
+            return
+        (top,), ways, stack = self.ys, networkx.DiGraph(), self.ys
+        while stack:
+            value = stack.pop()
+            node = None if value in self.state else self.graph.producer(value)
+            before = [v for v in self.graph.inputs(node) if v is not None and self.depends(v)] if node is not None else []
+            stack += [v for v in before if v not in ways]
+            ways.add_edges_from((value, v) for v in before or [STATE])
+        above = networkx.immediate_dominators(ways, top) if self.depends(top) else {}
+        found = list[Value]()
+        while (value := above.get(found[-1] if found else STATE, top)) is not top:
+            found.append(value)
+        for value in reversed(found[-CUTS:]):
+            nearer = replace(self, cut=value)
+            yield from nearer._reading(nearer._edges())
+
+    def _reading(self, edges: Sequence[Value]) -> Iterator[Step]:
+        """The same with other edges, where they are numbers."""
+        if all(_float(self.graph, v) for v in edges):
+            yield replace(self, edge=dict(zip(edges, self.graph.compute(edges, self.x), strict=True)) if edges else {})
 
     def _finer(self) -> list[Value]:
         found = dict[Value, None]()
@@ -218,6 +206,21 @@ class Step:
             apart = len(operands) == 2 and not any(map(self.graph.is_const, operands))
             found.update(dict.fromkeys([self.root(v) for v in operands] if apart else [root]))
         return list(found)
+
+    def _is_size(self, value: Value) -> bool:
+        """Whether it is no number of the model: shapes alone go into it."""
+        met, seen, stack = False, set[Value](), [] if _float(self.graph, value) else [value]
+        while stack:
+            here = stack.pop()
+            if here in seen or self.graph.is_const(here):
+                continue
+            seen.add(here)
+            node = None if here in self.x or here in self.state else self.graph.producer(here)
+            if node is None:
+                return False
+            met = met or self.graph.op(node) == "shape"
+            stack.extend(v for v in self.graph.inputs(node) if v is not None and self.graph.op(node) != "shape")
+        return met
 
 
 def step_of(graph: Graph, loop: Loop, rng: torch.Generator) -> Step | NoMatch:

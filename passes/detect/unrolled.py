@@ -50,13 +50,14 @@ class _Chain:
 
     def loops(self) -> Iterator[Loop]:
         self._levels()
-        self.cross = self._crossings()
-        if not self.cross[0] or len({len(c) for c in self.cross}) > 1:
-            return
-        walk = _Walk(self)
-        if not all(walk.step(t) for t in range(2, self.length)) or not walk.step(1):
-            return
-        yield from self._components(walk)
+        for far in (True, False):
+            self.cross = self._crossings(far)
+            if not self.cross[0] or len({len(c) for c in self.cross}) > 1:
+                continue
+            walk = _Walk(self)
+            if all(walk.step(t) for t in range(2, self.length)) and walk.step(1):
+                yield from self._components(walk)
+                return
 
     def _levels(self) -> None:
         for node in self.graph.nodes():
@@ -86,7 +87,7 @@ class _Chain:
         self.index[id(value)] = index
         return index
 
-    def _crossings(self) -> list[list[Value]]:
+    def _crossings(self, far: bool) -> list[list[Value]]:
         """What step t + 1 reads of step t, for each t."""
         found = [dict[int, Value]() for _ in range(self.length - 1)]
         for value in self.values.values():
@@ -94,17 +95,19 @@ class _Chain:
             if 0 <= t < len(found) and node is not None and id(value) not in self.slices:
                 operands = [v for v in self.graph.inputs(node) if v is not None and id(v) not in self.slices]
                 found[t].update({id(v): v for v in operands if self.level.get(id(v), -1) == t})
-        return [list({id(v): v for v in (self._retreat(c, t) for c in crossing.values())}.values()) for t, crossing in enumerate(found)]
+        return [
+            list({id(v): v for v in (self._retreat(c, t, far) for c in crossing.values())}.values()) for t, crossing in enumerate(found)
+        ]
 
-    def _retreat(self, value: Value, t: int) -> Value:
-        """The state that a step begins with: before what the next step alone does to it."""
+    def _retreat(self, value: Value, t: int, far: bool) -> Value:
+        """The state that a step begins with: before what the next step alone does to it, less `far` where the first step does less."""
         came: Value | None = None
         while True:
             node = self.graph.producer(value)
-            later = [v for user in self.graph.users(value) for v in self._results(user) if v is not came]
+            later = [v for user in self.graph.users(value) for v in self._results(user) if not far or v is not came]
             if node is None or any(self.level.get(id(v), -1) != t + 1 for v in later):
                 return value
-            varying = [v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v)]
+            varying = list(dict.fromkeys(v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v)))
             if len(varying) != 1 or self.level.get(id(varying[0]), -1) != t or id(varying[0]) in self.slices:
                 return value
             came, value = value, varying[0]

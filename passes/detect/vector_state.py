@@ -55,7 +55,7 @@ def _constant(step: Step, begin: Value, inputs: Mapping[Value, Tensor], rng: tor
 def _probe(step: Step, wanted: Value, given: Mapping[Value, Tensor], unit: Value, lone: bool) -> tuple[Tensor, Tensor]:
     """(n, m) images of the unit vectors at `unit`, and (m,) that of zero; everything else is at zero."""
     zeros = {v: torch.zeros_like(t) for v, t in given.items()}
-    (base,) = step.graph.compute([wanted], zeros)
+    (base,) = step.compute([wanted], zeros)
     rows = 1 if lone else base.shape[0]
     flat = zeros[unit].reshape(rows, -1)
     images = []
@@ -63,7 +63,7 @@ def _probe(step: Step, wanted: Value, given: Mapping[Value, Tensor], unit: Value
         probe = torch.zeros_like(flat)
         for r in range(min(rows, flat.shape[1] - i)):
             probe[r, i + r] = 1
-        (image,) = step.graph.compute([wanted], {**zeros, unit: probe.reshape(zeros[unit].shape)})
+        (image,) = step.compute([wanted], {**zeros, unit: probe.reshape(zeros[unit].shape)})
         images.append((image - base).reshape(rows, -1))
     return torch.cat(images)[: flat.shape[1]], base.reshape(rows, -1)[0]
 
@@ -94,8 +94,8 @@ def _readout(step: Step, begin: Value, given: Mapping[Value, Tensor], name: Valu
     """C, D and r with y = C h' + D u + r, h' the new state."""
     y, end = step.ys[0], step.ends[0]
     after = {**given, end: given[begin]}
-    (seen,) = step.graph.compute([y], after)
-    (other,) = step.graph.compute([y], {**after, begin: given[begin] + 1})
+    (seen,) = step.compute([y], after)
+    (other,) = step.compute([y], {**after, begin: given[begin] + 1})
     if not close(seen, other):
         return NoMatch("its result reads the state before the step; one that reads it after can be raised")
     c, r = _probe(step, y, after, end, lone)
@@ -135,7 +135,7 @@ def region_reading(
     _, ys = step.run(step.state, step.edge)
     result = None
     if ys:
-        y = step.loop.ys[0]
+        y = step.y
         sizes = list((ys[0].squeeze(y.axis) if y.kept else ys[0]).shape[0 if lone else 1 :])
         found = result_port(y, ys[0], ys[0].reshape(1 if lone else state.shape[0], -1), sizes, lone)
         if isinstance(found, NoMatch):

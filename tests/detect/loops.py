@@ -61,6 +61,12 @@ def plain(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return state, (q.unsqueeze(-2) @ state).squeeze(-2)
 
 
+def skipping(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The same beside its values, heads joined."""
+    state, y = plain(state, x)
+    return state, (0.5 * y + torch.tanh(x[2])).reshape(-1, HEADS * WIDTH)
+
+
 class Retaining(torch.nn.Module):
     """RetNet: a decay for every head that is fixed."""
 
@@ -175,6 +181,21 @@ class Selecting(torch.nn.Module):
         return state, (state @ c.unsqueeze(-1))[..., 0]
 
 
+class Finishing(Selecting):
+    """The same with a skip, a gate, a norm and an output projection in the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.skip, self.out = torch.nn.Parameter(torch.rand(WIDTH)), torch.nn.Linear(WIDTH, 2 * WIDTH)
+        self.norm = torch.nn.RMSNorm(WIDTH, eps=1e-5)
+
+    def forward(self, state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        u, _, _, _, z = x
+        state, y = super().forward(state, x[:4])
+        return state, self.out(self.norm(y + self.skip * u) * torch.nn.functional.silu(z))
+
+
 def elman(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Non-linear."""
     state = torch.tanh(x[0] + 0.5 * state)
@@ -220,6 +241,10 @@ CASES = {
     "min gru": Case(MinGru, ((KEY,),), (WIDTH,), "input-gated diagonal, 6 states", "DiagonalRecurrence"),
     "projecting": Case(Projecting, ((6,),), (HEADS, KEY, WIDTH), "gated delta rule", "LinearAttention"),
     "selecting": Case(Selecting, ((WIDTH,), (WIDTH,), (KEY,), (KEY,)), (WIDTH, KEY), "read by a query over 4", "DiagonalRecurrence"),
+    "finishing": Case(
+        Finishing, ((WIDTH,), (WIDTH,), (KEY,), (KEY,), (WIDTH,)), (WIDTH, KEY), "read by a query over 4", "DiagonalRecurrence"
+    ),
+    "skipping": Case(skipping, (_HK, _HK, _HV), (HEADS, KEY, WIDTH), "linear attention, 3 heads", "LinearAttention"),
     "elman": Case(elman, ((WIDTH,),), (WIDTH,), "non-linear in its state", ""),
 }
 

@@ -116,16 +116,31 @@ def rounded(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("onnx", [False, True], ids=["torch", "onnx"])
-@pytest.mark.parametrize("body", [clamped_state, clamped_result, shifted_relu, thresholded, rounded])
+@pytest.mark.parametrize("body", [clamped_state, thresholded])
 def test_what_is_linear_only_for_small_numbers_is_listed(body: Body, onnx: bool) -> None:
     g = graph(body, (torch.rand(B, N), torch.rand(T, B, N), torch.rand(T, B, N)), None)
     site = only(OnnxGraph(to_onnx(g.program)) if onnx else g)
     assert site.form is None and "not known to be linear" in site.reason
 
 
-def test_a_sequence_that_the_step_clamps_is_no_plain_input() -> None:
-    site = only(graph(lambda h, x: ((h := 0.5 * h + x[0].clamp(-20, 20)), h), (torch.rand(B, N), torch.rand(T, B, N))))
-    assert site.form is None
+def clamped_input(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = 0.5 * h + x[0].clamp(-20, 20)
+    return h, h
+
+
+def halved(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = torch.sigmoid(x[0]) * h + x[1]
+    return h, h.half()
+
+
+@pytest.mark.parametrize("onnx", [False, True], ids=["torch", "onnx"])
+@pytest.mark.parametrize("body", [clamped_result, shifted_relu, rounded, clamped_input])
+def test_what_the_step_does_before_and_after_its_state_stays(body: Body, onnx: bool) -> None:
+    g = graph(body, (torch.rand(B, N), torch.rand(T, B, N), torch.rand(T, B, N)), None)
+    read = OnnxGraph(to_onnx(g.program)) if onnx else g
+    names = [s.name for s in read.specs()]
+    large = [200 * (torch.rand(B, N) - 0.5), 200 * (torch.rand(T, B, N) - 0.5), torch.rand(T, B, N)]
+    equal(read, raised(read), dict(zip(names, large, strict=False)))
 
 
 def test_a_number_of_the_step_may_divide() -> None:
@@ -135,11 +150,18 @@ def test_a_number_of_the_step_may_divide() -> None:
     equal(g, raised(g), {"state": inputs[0], "x": inputs[1]})
 
 
-def test_types_that_differ_are_listed() -> None:
-    def halved(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        h = torch.sigmoid(x[0]) * h + x[1]
-        return h, h.half()
+@pytest.mark.parametrize("where", ["state", "sequence", "result"])
+def test_a_size_that_goes_into_numbers_is_no_constant(where: str) -> None:
+    def averaged(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        rows = {"state": h.shape[0], "sequence": x[0].shape[0], "result": 1}[where]
+        h = 0.5 * h / rows + x[0]
+        return h, h * h.shape[0] if where == "result" else h
 
+    g = graph(averaged, (torch.rand(B, N), torch.rand(T, B, N)))
+    assert only(g).form is None
+
+
+def test_types_that_differ_are_listed() -> None:
     site = only(graph(halved, (torch.rand(B, N), torch.rand(T, B, N), torch.rand(T, B, N))))
     assert site.form is None and "are of types float16, float32; one type can be raised" in site.reason
 

@@ -70,12 +70,12 @@ def test_torch_spellings(name: str, dynamic: bool) -> None:
             equal(graph, after, case.feeds(time))
 
 
-_BOTH = ("transposed", "mamba", "linear cell", "min gru")
+_BOTH = ("transposed", "mamba", "linear cell", "min gru", "skipping")
 
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [*itertools.product(_BOTH, (False, True)), ("projecting", False), ("selecting", False)],  # torch.onnx cannot write their scans
+    [*itertools.product(_BOTH, (False, True)), ("projecting", False), ("finishing", False)],  # torch.onnx cannot write their scans
 )
 def test_onnx_spellings(name: str, dynamic: bool) -> None:
     case = CASES[name]
@@ -86,6 +86,14 @@ def test_onnx_spellings(name: str, dynamic: bool) -> None:
         after = raised(graph)
         for time in (1, 4, 7, 65) if dynamic else (TIME,):
             equal(graph, after, case.feeds(time))
+
+
+def test_a_result_that_mixes_the_batch_afterwards_is_not() -> None:
+    def mixing(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        state, y = CASES["plain"].function(state, x)
+        return state, torch.relu(y) - y.mean(0)
+
+    assert "lies on its way" in only(FxGraph.of(exported(replace(CASES["plain"], step=mixing), True))).reason
 
 
 def test_a_loop_of_which_only_the_last_result_is_used_is_none() -> None:
