@@ -17,7 +17,7 @@ from rewriter.algebra import Dense
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site
 from rewriter.operator import AbstractMatrix
-from rewriter.passes.raise_recurrence import fastest, in_chunks, spelled
+from rewriter.passes.raise_recurrence import GAIN, fastest, in_chunks, spelled
 from rewriter.passes.solvers.diagonalize import Diagonalised, diagonalize
 from rewriter.passes.solvers.linear_system import System
 from rewriter.passes.structures.linear_system import LinearSystem, Nothing, conjugate_pairs
@@ -54,10 +54,10 @@ class Diagonalize(AbstractPass):
         diagonal = in_modes(form, found)
         chosen, figures = fastest(context, [form, diagonal, *in_chunks(diagonal)])
         if chosen is form:
-            return Decision(site, f"{rungs}; no diagonal form is faster", form.cost(), form.cost())
+            return Decision(site, f"{rungs}; no diagonal form is faster by {1 - GAIN:.0%}: {figures}", form.cost(), form.cost())
         graph.splice(site, chosen)
         spelling = f"{self.name}:error={self.error}, {spelled(chosen)}"
-        return Decision(site, f"{rungs}{figures}", form.cost(), chosen.cost(), chosen, spelling, False, found.error.total)
+        return Decision(site, f"{rungs}; {figures}", form.cost(), chosen.cost(), chosen, spelling, False, found.error.total)
 
 
 def as_system(form: LinearSystem) -> System:

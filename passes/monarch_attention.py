@@ -23,7 +23,7 @@ from rewriter.passes.fuse_attention import per_token
 from rewriter.passes.structures.attention import Attention
 from rewriter.passes.structures.monarch_attention import MonarchAttention
 from rewriter.registry import eager_ops
-from rewriter.rule import AbstractPass, Context, Decision
+from rewriter.rule import AbstractPass, Context, Decision, against_dense
 
 LOW = -1e3  # a score that hides its key
 
@@ -91,9 +91,7 @@ class MonarchAttentionPass(AbstractPass):
         if not trial.error <= self.error:
             return kept.kept(f"{seen} with blocks of {block}, more than error={self.error}")
         table = [context.target.measure([trial.dense, trial.form], length, context.threads) for length in trial.lengths]
-        figures = "; ".join(
-            f"{1e3 * f:.3f} ms against {1e3 * d:.3f} ms dense at T={t}" for t, (d, f) in zip(trial.lengths, table, strict=True)
-        )
+        figures = against_dense(trial.lengths, [(d, f) for d, f in table])
         if context.objective != "ms":
             figures += f" (attention stores no {context.objective}: time decides)"
         if sum(f - d for d, f in table) >= 0:

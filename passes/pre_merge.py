@@ -20,7 +20,7 @@ from rewriter.cost import Cost
 from rewriter.fit import after_cost, site_cost
 from rewriter.graph import PLAIN, Graph, Site, load_weight
 from rewriter.operator import AbstractMatrix
-from rewriter.rule import AbstractPass, Context, Decision
+from rewriter.rule import AbstractPass, Context, Decision, against_dense
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ class PreMerge(AbstractPass):
         table = context.seconds([dense, decision.operator.to(torch.float32)])
         if context.objective == "ms" and not decision.exact and all(form >= original for original, form in table):
             graph.restore(decision.site)
-            figures = "; ".join(
-                f"{1e3 * f:.3f} ms against {1e3 * d:.3f} ms dense at T={t}" for t, (d, f) in zip(context.tokens, table, strict=True)
-            )
+            figures = against_dense(context.tokens, [(d, f) for d, f in table])
             return decision.kept(
                 f"{decision.structure} is slower than dense at every asked token count ({figures}): the original weight went back"
             )

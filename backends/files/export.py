@@ -27,17 +27,26 @@ from rewriter.inputs import InputSpec, dim_names, fill_sizes
 
 SMALL = (3, 5, 7, 11, 13, 17, 19, 23)  # never 0 or 1, which torch.export takes for constants
 LARGE = (4, 48, 64, 80, 96, 112, 128, 144)  # for models that shrink an axis, such as strided convolutions
+AT_ONE_SIZE = "a folder is read at every size or not at all: trace it yourself at the size that you need, save it and give the .pt2"
+
+
+class NotExported(RewriteError):
+    """A module that torch.export does not trace as it was asked: why, and what to do about it."""
+
+    def __init__(self, reason: str, way_on: str) -> None:
+        super().__init__(f"{reason}; {way_on}")
+        self.reason = reason
 
 
 def export_module(
-    module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int], notes: list[str] | None = None
+    module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int], notes: list[str] | None = None, own: bool = False
 ) -> ExportedProgram:
     """Export in eval mode, without gradients, known recurrences raised. `sizes` are hints for the examples: a named dimension stays
-    dynamic. `notes` gains what there is to say."""
+    dynamic. `notes` gains what there is to say. `own`: the specifications are the format's, so --input could not change them."""
     _check_names(module, specs)
     fill_sizes(specs, sizes)  # refuses a --dim that no input has
     first_error: Exception | None = None
-    fixed: str | None = None
+    fixed: NotExported | None = None
     asked = example_sizes(specs, sizes, SMALL)
     for hints, strict in ((asked, False), (example_sizes(specs, {}, LARGE), False), (asked, True)):
         try:
@@ -54,11 +63,12 @@ def export_module(
             if notes is not None:
                 notes += found
             return program
-        fixed = fixed or "; ".join([said, *raising.left()])
+        reason, way_on = said
+        fixed = fixed or NotExported("; ".join([reason, *raising.left()]), AT_ONE_SIZE if own else way_on)
     if fixed is not None:
-        raise RewriteError(fixed)
+        raise fixed
     assert first_error is not None
-    raise _cannot_export(module, specs, asked, first_error) from first_error
+    raise _cannot_export(module, specs, asked, first_error, own) from first_error
 
 
 def example_sizes(specs: Sequence[InputSpec], sizes: Mapping[str, int], defaults: Sequence[int] = SMALL) -> dict[str, int]:
@@ -165,8 +175,8 @@ def _traceable(module: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def _specialised(program: ExportedProgram, specs: Sequence[InputSpec]) -> str | None:
-    """One line on the first dimension that was asked to be dynamic and became a number."""
+def _specialised(program: ExportedProgram, specs: Sequence[InputSpec]) -> tuple[str, str] | None:
+    """The first dimension that was asked to be dynamic and became a number, and how to ask for another."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     for spec, name in zip(specs, program.graph_signature.user_inputs, strict=True):
         value = values.get(str(name))
@@ -177,8 +187,8 @@ def _specialised(program: ExportedProgram, specs: Sequence[InputSpec]) -> str | 
             if isinstance(size, int) or not size.node.expr.free_symbols:
                 fixed = InputSpec(spec.name, spec.dtype, (*spec.dims[:axis], int(size), *spec.dims[axis + 1 :]))
                 return (
-                    f"the model fixes dimension {dim!r} of input {spec.name!r} to {int(size)}, so it cannot be dynamic; "
-                    f"write --input {fixed}, or trace with another size through --dim {dim.split('+')[-1]}=N"
+                    f"the model fixes dimension {dim!r} of input {spec.name!r} to {int(size)}, so it cannot be dynamic",
+                    f"write --input {fixed}, or trace with another size through --dim {dim.split('+')[-1]}=N",
                 )
     return None
 
@@ -214,13 +224,15 @@ def _name_outputs(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _cannot_export(module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int], error: Exception) -> RewriteError:
+def _cannot_export(
+    module: torch.nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int], error: Exception, own: bool
+) -> NotExported:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = lines[0] if lines else type(error).__name__
     cause = cause if len(cause) <= 200 else cause[:197] + "..."
     inputs = " ".join(str(spec) for spec in specs)
     traced = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    return RewriteError(
-        f"torch.export cannot trace {type(module).__name__} with {inputs}{f' at {traced}' if traced else ''}: {cause.rstrip('.')}. "
-        "Check --input and --dim, or export it yourself and give the .pt2 or .onnx"
+    return NotExported(
+        f"torch.export cannot trace {type(module).__name__} with {inputs}{f' at {traced}' if traced else ''}: {cause.rstrip('.')}",
+        f"check {'--dim' if own else '--input and --dim'}, or export it yourself and give the .pt2 or .onnx",
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from rewriter.backends.files.archive import one_line, read_object
-from rewriter.backends.files.export import export_module
+from rewriter.backends.files.export import NotExported, export_module
 from rewriter.backends.files.flat import PAST, flatten, model_specs, transformers_patches
 from rewriter.errors import RewriteError
 from rewriter.inputs import InputSpec, dim_names
@@ -135,16 +135,17 @@ def export_folder(folder_model: FolderModel, sizes: Mapping[str, int]) -> Export
     model = folder_model.module
     try:
         with transformers_patches(model):
-            return export_module(model, folder_model.specs, hints, folder_model.notes)
-    except RewriteError as error:
+            return export_module(model, folder_model.specs, hints, folder_model.notes, own=True)
+    except NotExported as error:
         if not folder_model.with_past:
             raise
-        reason = str(error)
+        reason = error.reason
     folder_model.specs = model_specs(model, with_cache=False)
     folder_model.describe = folder_model.describe.replace("with past keys and values", f"without its cache ({reason})")
     flatten(model, folder_model.specs)
     with transformers_patches(model):
-        return export_module(model, folder_model.specs, {name: n for name, n in hints.items() if name != "past"}, folder_model.notes)
+        without = {name: n for name, n in hints.items() if name != "past"}
+        return export_module(model, folder_model.specs, without, folder_model.notes, own=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.inputs import InputSpec, fill_sizes, parse_dims, parse_input
 from rewriter.options import Options
+
+if TYPE_CHECKING:
+    from rewriter.backends.fx.graph import FxGraph
 
 AS_TRACED = "use it at such sizes alone, or trace it at another with --dim"
 AGAIN = "give the model's folder or module, whose known recurrences are raised before they are traced"
@@ -115,11 +118,13 @@ def _module(module: torch.nn.Module, kind: str, path: Path | None, options: Opti
     notes: list[str] = []
     program = export_module(module, specs, given, notes)
     notes += narrow(program, specs, AS_TRACED)
-    return replace(_source(_fx(program), kind, path, specs, sizes), notes=tuple(notes))
+    return replace(_source(_fx(program, specs), kind, path, specs, sizes), notes=tuple(notes))
 
 
 def _program(program: torch.export.ExportedProgram, kind: str, path: Path | None, options: Options) -> Source:
-    source = _known(_fx(program), kind, path, options)
+    graph = _fx(program)
+    source = _known(graph, kind, path, options)
+    graph.call_sizes(source.specs)
     return replace(source, notes=(*source.notes, *narrow(program, source.graph.specs(), AGAIN)))
 
 
@@ -129,10 +134,14 @@ def _onnx(model: Any, path: Path | None, options: Options) -> Source:
     return _known(OnnxGraph(model), "onnx", path, options)
 
 
-def _fx(program: torch.export.ExportedProgram) -> Graph:
+def _fx(program: torch.export.ExportedProgram, specs: Sequence[InputSpec] = ()) -> FxGraph:
+    """Its sizes are called as in `specs`, where there are any."""
     from rewriter.backends.fx.graph import FxGraph
 
-    return FxGraph.of(program)
+    graph = FxGraph.of(program)
+    if specs:
+        graph.call_sizes(specs)
+    return graph
 
 
 def _known(graph: Graph, kind: str, path: Path | None, options: Options) -> Source:
@@ -167,7 +176,7 @@ def _folder(path: Path, options: Options) -> Source:
     sizes = fill_sizes(model.specs, given)
     encode = model.encode if model.tokenizer is not None else None
     notes = (model.describe, *model.notes, *narrow(program, model.specs, AS_TRACED))
-    return replace(_source(_fx(program), "folder", path, model.specs, sizes, encode), notes=notes)
+    return replace(_source(_fx(program, model.specs), "folder", path, model.specs, sizes, encode), notes=notes)
 
 
 def _adapter(text: str) -> tuple[str, float]:

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.files.export import output_names
-from rewriter.backends.fx import edit, loops, names, region
+from rewriter.backends.fx import edit, loops, names, region, sizes
 from rewriter.backends.fx.compute import compute
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import MAP, SITE
@@ -41,6 +41,7 @@ class FxGraph:
         self.constants = Constants(program)
         self.mode = edit.fake_mode(program)
         self._output_names = output_names(program)
+        self._words: dict[str, str] = {}  # of sizes
         self._spliced: dict[str, list[tuple[Node, Node]]] = {}  # site id -> (original output, its stand-in)
         self._found: dict[Graph, Body] | None = None
 
@@ -48,6 +49,11 @@ class FxGraph:
     def of(cls, program: ExportedProgram) -> Self:
         """The graph of a program as torch.export gives it; the program itself is left alone."""
         return cls(decomposed(program, {}))
+
+    def call_sizes(self, specs: Sequence[InputSpec]) -> None:
+        """By the words of these inputs, from here on and in what is exported."""
+        self._words = {}
+        self._words = sizes.words([self.shape(node) or () for node in self._inputs()], specs)
 
     @property
     def _bodies(self) -> dict[Graph, Body]:
@@ -92,7 +98,11 @@ class FxGraph:
 
     def shape(self, value: Node) -> tuple[int | str, ...] | None:
         fake = value.meta.get("val")
-        return tuple(map(_size, fake.shape)) if isinstance(fake, Tensor) else None
+        return tuple(map(self._size, fake.shape)) if isinstance(fake, Tensor) else None
+
+    def _size(self, size: int | torch.SymInt) -> int | str:
+        """A number, or the spelling of what varies; a symbol that a later guard fixed is a number too."""
+        return int(size) if is_concrete_int(size) else sizes.said(str(size), self._words)
 
     def dtype(self, value: Node) -> torch.dtype | None:
         fake = value.meta.get("val")
@@ -268,7 +278,9 @@ class FxGraph:
         clean.prune()
         settle_attention(clean.program)
         copy_inputs_that_leave(clean.program)
-        return to_onnx(clean.program, opset, self._output_names)
+        model = to_onnx(clean.program, opset, self._output_names)
+        sizes.rename(model, self._words)
+        return model
 
     def loop(self, node: Node) -> Loop | str:
         return loops.loop(node, self._bodies, self.const)
@@ -284,12 +296,15 @@ class FxGraph:
 
     def specs(self) -> list[InputSpec]:
         found = []
-        placeholders = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
-        for spec in self.program.graph_signature.input_specs:
-            if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument):
-                node = placeholders[spec.arg.name]
-                found.append(InputSpec(node.name, str(self.dtype(node)).removeprefix("torch."), self.shape(node) or ()))
+        for node in self._inputs():
+            dims = [sizes.spelled(size, node.name, axis) for axis, size in enumerate(self.shape(node) or ())]
+            found.append(InputSpec(node.name, str(self.dtype(node)).removeprefix("torch."), tuple(dims)))
         return found
+
+    def _inputs(self) -> list[Node]:
+        placeholders = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
+        given = [s.arg for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+        return [placeholders[arg.name] for arg in given if not isinstance(arg, ConstantArgument)]
 
     def output_names(self) -> list[str]:
         return self._output_names
@@ -319,13 +334,10 @@ class FxGraph:
             module_call_graph=list(program.module_call_graph),  # never edited, and its tree specifications warn when copied
             constants=dict(program.constants),
         )
-        return FxGraph(copied)
+        graph = FxGraph(copied)
+        graph._words = self._words
+        return graph
 
 
 def _bytes(name: str, tensor: Tensor) -> tuple[str, Any]:
     return f"{name} {tensor.dtype} {list(tensor.shape)}", tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _size(size: int | torch.SymInt) -> int | str:
-    """A number, or the spelling of what varies; a symbol that a later guard fixed is a number too."""
-    return int(size) if is_concrete_int(size) else str(size)

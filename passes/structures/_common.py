@@ -26,9 +26,9 @@ def unusable(weight: Tensor, moments: Moments | None = None) -> NoMatch | None:
     return None
 
 
-def too_dear(spelling: str, params: int, cost_limit: int) -> NoMatch:
-    """The refusal of settings that exceed the limit."""
-    return NoMatch(f"{spelling} stores {params} numbers, the limit is {cost_limit}")
+def too_dear(spelling: str, params: int, cost_limit: int, most: int = 0) -> NoMatch:
+    """The refusal of settings that exceed the limit; `most` is the largest value that it admits, where one number says it."""
+    return NoMatch(f"{spelling} stores {params} numbers, the limit is {cost_limit}" + (f"; give at most {most}" if most else ""))
 
 
 def fitted(operator: AbstractMatrix, spelling: str, weight: Tensor, moments: Moments) -> Fitted:

@@ -65,7 +65,7 @@ class HouseholderStructure(AbstractStructure):
         count = self.factors or max(1, min(cost_limit // (2 * n), n))
         spelling = replace(self, factors=count).spelling()
         if 2 * count * n > cost_limit:
-            return too_dear(spelling, 2 * count * n, cost_limit)
+            return too_dear(spelling, 2 * count * n, cost_limit, cost_limit // (2 * n))
         if count > n:
             return NoMatch(f"{spelling} of a {n} x {n} weight; {n} factors are all of it")
         found = fitted(self._nearest(weight, moments.second, count), spelling, weight, moments)

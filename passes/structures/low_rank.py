@@ -54,7 +54,7 @@ class LowRankStructure(AbstractStructure):
         rank = self.rank or max(1, min(cost_limit // (m + n), m, n))
         spelling = replace(self, rank=rank).spelling()
         if rank * (m + n) > cost_limit:
-            return too_dear(spelling, rank * (m + n), cost_limit)
+            return too_dear(spelling, rank * (m + n), cost_limit, cost_limit // (m + n))
         if rank > min(m, n):
             return NoMatch(f"{spelling} of a {m} x {n} weight; its rank is at most {min(m, n)}")
         return fitted(LowRank(*spectrum(weight, moments.second).truncate(rank)), spelling, weight, moments)

@@ -90,7 +90,7 @@ class PivotedLowRankStructure(AbstractStructure):
         rank = self.rank or max(1, _affordable(m, n, cost_limit))
         spelling = replace(self, rank=rank).spelling()
         if rank * (m + n - rank) > cost_limit:
-            return too_dear(spelling, rank * (m + n - rank), cost_limit)
+            return too_dear(spelling, rank * (m + n - rank), cost_limit, _affordable(m, n, cost_limit))
         if rank >= m or rank > n:
             return NoMatch(f"{spelling} of a {m} x {n} weight; {min(m, n)} independent rows are all of it")
         operator = pivoted(*spectrum(weight, moments.second).truncate(rank))

@@ -17,12 +17,14 @@ from rewriter.backend import EmitOptions
 from rewriter.backends.files.export import export_module
 from rewriter.backends.files.flat import PAST, PRESENT, cache_specs, flatten, model_specs, plain_class, transformers_patches
 from rewriter.backends.files.lengths import narrow
+from rewriter.backends.files.load import open_source
 from rewriter.backends.files.quiet import muted
 from rewriter.backends.fx.custom_op import MAP
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
 from rewriter.inputs import parse_input
+from rewriter.options import Options
 from rewriter.tolerances import EQUAL
 from tests.files_zoo import rules
 from tests.files_zoo.recurrent import RECURRENT, Raised, build, raised
@@ -195,3 +197,17 @@ def test_a_maximum_in_the_state_is_listed() -> None:
     said = r"fixes dimension 'seq'.*rwkv_linear_attention is not raised: its state keeps a running maximum"
     with pytest.raises(RewriteError, match=said), transformers_patches(model):
         export_module(model, specs, {})
+
+
+@pytest.mark.slow
+def test_the_way_on_from_such_a_folder_is_one(tmp_path: Path) -> None:
+    """Traced at one size by its user, the model is read."""
+    model = hugging("RwkvForCausalLM", "RwkvConfig", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=16)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(RewriteError, match="trace it yourself at the size that you need"):
+        open_source(tmp_path, Options())
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(model, (torch.zeros(2, 4, dtype=torch.int64),)), path)
+    source = open_source(path, Options())
+    assert source.graph.specs()[0].dims == (2, 4)
+    assert sum(site.kind == "linear" for detect in registry.detectors() for site in detect(source.graph)) > 8

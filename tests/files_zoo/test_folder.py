@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter.backends.files.export import export_module, output_names
+from rewriter.backends.files.export import AT_ONE_SIZE, NotExported, export_module, output_names
 from rewriter.backends.files.flat import PAST, PRESENT, plain_class
 from rewriter.backends.files.folder import export_folder, load_folder
+from rewriter.backends.files.load import open_source
 from rewriter.errors import RewriteError
 from rewriter.inputs import parse_input
+from rewriter.options import Options
 from tests.files_zoo.nets import GruRegressor
 from tests.files_zoo.zoo import SOURCES, ZOO, count_linears, hugging, module, program
 
@@ -106,6 +108,13 @@ def test_folder_round_trip(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(exported.module()(**inputs)[output_names(exported)[0]], model(**inputs)[0])
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_sizes_of_a_folder_have_its_names(name: str, tmp_path: Path) -> None:
+    hugging(SOURCES[name][0], SOURCES[name][1], **SOURCES[name][2]).save_pretrained(tmp_path)  # type: ignore[operator]
+    source = open_source(tmp_path, Options())
+    assert source.graph.specs() == source.specs == ZOO[name].specs
+
+
 def test_task_without_its_weights_is_refused(tmp_path: Path) -> None:
     hugging(*SOURCES["bert"][:2], **SOURCES["bert"][2]).save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(RewriteError, match="holds no weights for classifier"):
@@ -187,6 +196,21 @@ def test_export_errors_are_one_line(model: nn.Module, spec: str, said: str) -> N
     with pytest.raises(RewriteError, match=said) as caught:
         export_module(model, [parse_input(spec)], {})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason", "way_on"),
+    [
+        (Fixed(), "the model fixes dimension 'batch' of input 'x' to 3, so it cannot be dynamic", AT_ONE_SIZE),
+        (Untraceable(), "torch.export cannot trace Untraceable", "check --dim, or export it yourself and give the .pt2 or .onnx"),
+    ],
+)
+def test_a_folders_inputs_are_not_to_be_described(model: nn.Module, reason: str, way_on: str) -> None:
+    """Where --input is refused it is no way on."""
+    with pytest.raises(NotExported) as caught:
+        export_module(model, [parse_input("x:float32[batch,4]")], {}, own=True)
+    assert caught.value.reason.startswith(reason)
+    assert str(caught.value) == f"{caught.value.reason}; {way_on}"
 
 
 def test_training_flags_are_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -139,6 +140,46 @@ def test_specs_outputs_and_missing_inputs() -> None:
     assert g.output_names() == ["second", "first"]
     with pytest.raises(RewriteError, match="input 'flag' is missing"):
         g.run({"a": torch.ones(2, 3)})
+
+
+class Cached(nn.Module):
+    """Tokens behind those of a cache, in two dimensions that are one in the result; and an axis that is twice another."""
+
+    def forward(self, past: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        torch._check(mask.shape[1] == past.shape[1] + x.shape[1])
+        both = torch.cat([past, x], 1) * mask[..., None]
+        return torch.cat([both, both], 0)
+
+
+CACHED = [
+    parse_input(text) for text in ("past:float32[batch_size,past,3]", "x:float32[batch_size,seq,3]", "mask:float32[batch_size,past+seq]")
+]
+
+
+def test_sizes_are_called_as_they_were_asked_for() -> None:
+    g = FxGraph.of(export_module(Cached(), CACHED, {}))
+    g.call_sizes(CACHED)
+    assert g.specs() == g.clone().specs() == CACHED
+    model = g.to_onnx(20)
+    assert [[str(d) for d in v.shape] for v in model.graph.inputs] == [[str(d) for d in s.dims] for s in CACHED]
+    assert [str(d) for d in model.graph.outputs[0].shape] == ["2*batch_size", "past+seq", "3"]
+    assert not any(re.search(r"\bs\d", str(v.shape)) for node in model.graph for v in node.outputs)
+
+
+def test_a_sum_of_sizes_names_its_parts() -> None:
+    """As --input and --dim spell them, where nobody gave names."""
+    past, x, mask = (spec.dims for spec in FxGraph.of(export_module(Cached(), CACHED, {})).specs())
+    assert set(str(mask[1]).split("+")) == {past[1], x[1]}
+
+
+def test_a_size_that_no_option_can_spell_has_a_name_of_its_own() -> None:
+    class Pairs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check(x.shape[0] % 2 == 0)
+            return x.reshape(2, -1, 3)
+
+    program = torch.export.export(Pairs(), (normal(8, 3),), dynamic_shapes=({0: 2 * Dim("half")},))
+    assert [str(s) for s in FxGraph.of(program).specs()] == ["x:float32[x_0,3]"]
 
 
 def test_inputs_need_not_be_contiguous() -> None:

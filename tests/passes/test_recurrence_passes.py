@@ -111,6 +111,13 @@ def test_a_transition_of_two_reflections_is_kept_as_factors_where_that_is_fastes
     same(model, result, "onnxruntime", 1e-5)
 
 
+def test_a_diagonal_form_that_is_no_faster_is_left_with_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of the diagonal forms stands beside the dense one."""
+    monkeypatch.setattr(Context, "seconds", lambda self, forms: [[1.0, 0.95] + [2.0] * (len(forms) - 2)])
+    result = run(Linear(stable()), "diagonalize", "onnxruntime", tmp_path)
+    assert reason(result).endswith("no diagonal form is faster by 10%: 950.000 ms against 1000.000 ms dense at T=64")
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "torch"])
 def test_a_dense_recurrence_becomes_diagonal(target: str, tmp_path: Path) -> None:
     model = Linear(stable())

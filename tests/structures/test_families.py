@@ -12,11 +12,12 @@ from rewriter.passes.solvers.pivoting import BOUND
 from rewriter.passes.structures.block_dense import BlockDenseStructure
 from rewriter.passes.structures.block_diagonal import BlockDiagonalStructure, UnequalBlocks
 from rewriter.passes.structures.block_shuffle import BlockShuffleStructure
+from rewriter.passes.structures.householder import HouseholderStructure
 from rewriter.passes.structures.low_rank import LowRank, LowRankStructure
 from rewriter.passes.structures.monarch import Monarch, MonarchStructure
 from rewriter.passes.structures.pivoted_low_rank import PivotedLowRank, PivotedLowRankStructure
 from rewriter.registry import eager_ops
-from rewriter.structure import AbstractStructure, Fitted
+from rewriter.structure import AbstractStructure, Fitted, NoMatch
 from rewriter.tolerances import EQUAL, EXACT
 
 from .inputs import anisotropic, decaying, generator
@@ -50,6 +51,18 @@ def test_low_rank_is_the_weighted_optimum() -> None:
         assert got.weighted_error == pytest.approx(moments.error(weight, best), rel=FP32)
         plain_u, plain_s, plain_v = torch.linalg.svd(weight)
         assert got.weighted_error < moments.error(weight, (plain_u[:, :9] * plain_s[:9]) @ plain_v[:9])
+
+
+@pytest.mark.parametrize("kind", [LowRankStructure, PivotedLowRankStructure, HouseholderStructure])
+def test_a_setting_beyond_the_limit_is_told_the_largest_within(kind: type[AbstractStructure]) -> None:
+    limit = 419
+    weight, moments = torch.eye(24) + decaying(24, 24) / 24, isotropic(24)
+    refused = kind(20).fit(weight, moments, limit, generator(0))  # type: ignore[call-arg]
+    assert isinstance(refused, NoMatch)
+    most = int(refused.reason.rpartition("give at most ")[2])
+    fit(kind(most), weight, moments, limit)  # type: ignore[call-arg]
+    assert isinstance(kind(most + 1).fit(weight, moments, limit, generator(0)), NoMatch)  # type: ignore[call-arg]
+    assert "give at most" not in kind(1).fit(weight, moments, 1, generator(0)).reason  # type: ignore[call-arg, union-attr]
 
 
 def test_pivoting_is_the_same_matrix_in_fewer_numbers() -> None:
