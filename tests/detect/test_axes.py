@@ -9,12 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rewriter.passes.detect.agreement import arranged
+from rewriter.passes.detect.agreement import Sizes, arranged
 from rewriter.passes.detect.axes import Atom, Axes, Frame, fresh, layout, steps
 
 ATOMS = [Atom(n) for n in (2, 3, 5, 7)]
 B, H, T, D = ((atom,) for atom in ATOMS)
 ONE = ()
+
+
+def test_a_product_of_sizes_is_that_of_its_factors() -> None:
+    sizes = Sizes()
+    assert sizes.of("2*batch_size*seq") == 2 * sizes.of("batch_size") * sizes.of("seq")
 
 
 def tensor(axes: Axes) -> Tensor:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,6 +177,43 @@ def fragments(text: str) -> list[str]:
     names = "|".join(sorted([*PASSES, *STRUCTURES], key=len, reverse=True))
     parts = re.split(rf"…|(?<![\w-])(?:{names})(?::[a-z]+)?(?![\w-])", text)
     return [part.strip(" ,:=") for part in parts if part.strip(" ,:=")]
+
+
+LOOPS = [f"passes/detect/{name}.py" for name in ("step", "reading", "recurrence", "matrix_state", "gated_state", "recurrent_node")]
+LOOPS += [f"backends/{room}/{name}.py" for room in ("fx", "onnx") for name in ("loops", "counted", "region")]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_reasons_of_loops_are_on_the_page(name: str) -> None:
+    """Those of vector_state.py are none: where a system is not read, another reader's reason is given."""
+    text = page("docs/passes/raise-recurrence.md").text
+    said = re.sub(r"\s+", " ", text)
+    for reason in reasons(ROOT / name):
+        short = reason.removeprefix("torch's while_loop ").removeprefix("a linear state ")
+        assert short in said, f"{name} may say {reason!r}"
+
+
+def reasons(path: Path) -> Iterator[str]:
+    """What a detector's file gives as a refusal: the text of a NoMatch, or a line that is returned in a loop's stead."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {t.id: n.value for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    for node in ast.walk(tree):
+        given: ast.AST | None = None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "NoMatch":
+            given = node.args[0]
+        elif isinstance(node, ast.Return) and path.parent.parent.name == "backends":
+            given = node.value
+        for choice in [given.body, given.orelse] if isinstance(given, ast.IfExp) else [given]:
+            text = template(constants.get(choice.id, choice) if isinstance(choice, ast.Name) else choice)
+            if " " in text:
+                yield text
+
+
+def template(node: ast.AST | None) -> str:
+    """A string as the pages quote it, … for what is filled in; "" for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 @every_page
