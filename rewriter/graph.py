@@ -59,10 +59,8 @@ class Port:
     hoist: Mapping[Value, Value] = field(default_factory=dict)  # `value` is one step's, elementwise from these: they -> whole sequences
     log: bool = False  # the map takes its logarithm
     negated: bool = False  # the map takes its negation, of booleans
-    after: tuple[Value, Value] | None = (
-        None  # the map gives the first in each step, `value` is the second, row by row from it and the hoisted
-    )
     rows: bool = False  # `value` is row by row from what is hoisted, not elementwise: the sequences' first two axes are one meanwhile
+    after: tuple[Value, Value] | None = None  # inside a step: what the map gives, and what `value` is, by row from that and the hoisted
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,12 @@ class Region:
     nodes: tuple[Node, ...]
     inputs: tuple[Port, ...]
     outputs: tuple[Port | None, ...]  # None where nothing reads it
+
+    @property
+    def sources(self) -> list[Value]:
+        """What the map, and what is done to its results, read of the outside."""
+        after = [v for p in self.outputs if p is not None for v in p.hoist.values()]
+        return [v for p in self.inputs for v in (p.hoist.values() or [p.value])] + after
 
 
 @dataclass(frozen=True)

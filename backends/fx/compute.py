@@ -1,4 +1,4 @@
-"""Some values of a program from others: node by node on real tensors, float constants in the float type of what is given."""
+"""Some values of a program from others: node by node on real tensors, all floats in the float type of what is given."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _order(wanted: Sequence[Node], known: Mapping[Node, Any]) -> list[Node]:
 def _value(node: Node, known: Mapping[Node, Any], dtype: torch.dtype, const: Callable[[Node], Tensor | None]) -> Any:
     stored = const(node)
     if stored is not None:
-        return stored.to(dtype) if stored.is_floating_point() else stored
+        return _float(stored, dtype)
     if node.op != "call_function":
         raise RewriteError(f"{node.name} is neither given nor stored")
 
@@ -49,6 +49,11 @@ def _value(node: Node, known: Mapping[Node, Any], dtype: torch.dtype, const: Cal
 
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: known[n])
     try:
-        return node.target(*map(real, args), **{k: real(v) for k, v in kwargs.items()})  # type: ignore[operator]
+        return _float(node.target(*map(real, args), **{k: real(v) for k, v in kwargs.items()}), dtype)  # type: ignore[operator]
     except Exception as problem:
         raise RewriteError(f"{node.name} cannot be computed: {one_line(problem)}") from problem
+
+
+def _float(result: Any, dtype: torch.dtype) -> Any:
+    """What is made from nothing has torch's default type."""
+    return result.to(dtype) if isinstance(result, Tensor) and result.is_floating_point() else result

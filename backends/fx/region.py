@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.fx import Node
 from rewriter.backends.fx import edit
 from rewriter.backends.fx.custom_op import MAP
 from rewriter.graph import Port, Region
+from rewriter.order import in_order
 
 aten = torch.ops.aten
 
@@ -20,8 +21,7 @@ aten = torch.ops.aten
 def refusal(region: Region) -> str:
     """ "" where the map's node has a place after all inputs and before all readers of the outputs."""
     order = {node: i for i, node in enumerate(region.nodes[-1].graph.nodes)}
-    taken = sources(region)
-    if any(v not in order for v in [*taken, *(p.value for p in region.outputs if p is not None)]):
+    if any(v not in order for v in [*region.sources, *(p.value for p in region.outputs if p is not None)]):
         return "its inputs and outputs lie in different bodies"
     if _last_input(region, order) >= min((order[u] for u in readers(region)), default=len(order)):
         return "some of its results are used before all of its inputs are there"
@@ -35,13 +35,7 @@ def readers(region: Region) -> list[Node]:
 
 
 def _last_input(region: Region, order: dict[Node, int]) -> int:
-    return max(order[v] for v in sources(region))
-
-
-def sources(region: Region) -> list[Node]:
-    """What the map, and what is done to its results, read of the outside."""
-    after = [v for p in region.outputs if p is not None for v in p.hoist.values()]
-    return [v for p in region.inputs for v in (p.hoist.values() or [p.value])] + after
+    return max(order[v] for v in region.sources)
 
 
 def stand_in(
@@ -51,7 +45,7 @@ def stand_in(
     like = region.nodes[-1]
     graph = like.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
-    after = max([*map(current, sources(region)), *factors], key=order.__getitem__)
+    after = max([*map(current, region.sources), *factors], key=order.__getitem__)
     while after.next.op == "placeholder":
         after = after.next
 
@@ -96,21 +90,9 @@ def _by_row(call: Callable[..., Node], value: Node, whole: Mapping[Node, Node], 
 
 def _replayed(call: Callable[..., Node], value: Node, given: Mapping[Node, Node], current: Callable[[Node], Node]) -> Node:
     known = dict(given)
-    for node in _in_order(value, known):
+    for node in in_order(value, lambda n: n.all_input_nodes, known):
         known[node] = current(node) if node.op in ("placeholder", "get_attr") else _whole(call, node, known)
     return known[value]
-
-
-def _in_order(value: Node, known: Container[Node]) -> list[Node]:
-    """The value behind all that it is computed from, each once, without the known; no recursion, as chains may be thousands long."""
-    found, stack = dict[Node, None](), [] if value in known else [value]
-    while stack:
-        missing = [] if stack[-1] in found else [n for n in stack[-1].all_input_nodes if n not in found and n not in known]
-        if missing:
-            stack += reversed(missing)
-        else:
-            found[stack.pop()] = None
-    return list(found)
 
 
 def _whole(call: Callable[..., Node], value: Node, known: Mapping[Node, Node]) -> Node:

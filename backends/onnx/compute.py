@@ -1,4 +1,4 @@
-"""Some values of a graph from others: node by node by onnx.reference, float constants and casts in the float type of what is given."""
+"""Some values of a graph from others: node by node by onnx.reference, all floats in the float type of what is given."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def _settle(value: ir.Value, known: dict[ir.Value, Tensor], dtype: torch.dtype, 
             stack.pop()
             continue
         if constants.is_const(value):
-            stored = constants.load(value)
-            known[value] = stored.to(dtype) if stored.is_floating_point() else stored
+            known[value] = _float(constants.load(value), dtype)
             continue
         node = value.producer()
         if node is None:
@@ -48,7 +47,11 @@ def _settle(value: ir.Value, known: dict[ir.Value, Tensor], dtype: torch.dtype, 
             results = constants.evaluate(_typed(ir.to_proto(node), dtype), operands)
         except Exception as problem:
             raise RewriteError(f"{node.op_type} {node.name} cannot be computed: {one_line(problem)}") from problem
-        known.update(zip((v for v in node.outputs if v.name), results, strict=True))
+        known.update(zip((v for v in node.outputs if v.name), (_float(t, dtype) for t in results), strict=True))
+
+
+def _float(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _typed(node: onnx.NodeProto, dtype: torch.dtype) -> onnx.NodeProto:

@@ -6,7 +6,7 @@ So a transposed, sliced, rescaled or dequantised weight looks like the stored on
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewriter.backends.onnx.names import OUTPUT
 from rewriter.backends.onnx.tensors import array_to_torch, to_torch
+from rewriter.order import in_order
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _IMPURE = {*_RANDOM, "If", "Loop", "Scan", "SequenceMap"}
@@ -37,7 +38,7 @@ class Constants:
         self._small.clear()
 
     def is_const(self, value: ir.Value) -> bool:
-        for v in in_order(value, self._known):
+        for v in in_order(value, operands, self._known):
             self._known[v] = self._is_const(v)
         return self._known[value]
 
@@ -50,19 +51,19 @@ class Constants:
             return False
         if node.op_type == "Constant":
             return True
-        operands = _operands(value)
-        return bool(operands) and all(self._known[v] for v in operands)
+        above = operands(value)
+        return bool(above) and all(self._known[v] for v in above)
 
     def load(self, value: ir.Value) -> Tensor:
         """The tensor of a constant value: what leads to it is computed once and held until its last reader has it, or kept if small."""
-        order = in_order(value, self._small)
-        last = {v: i for i, reader in enumerate(order) for v in _operands(reader)} | {value: len(order)}
+        order = in_order(value, operands, self._small)
+        last = {v: i for i, reader in enumerate(order) for v in operands(reader)} | {value: len(order)}
         held = dict[ir.Value, Tensor]()
         known = ChainMap(held, self._small)
         for i, made in enumerate(order):
             if made not in held:
                 held |= {v: tensor for v, tensor in self._made(made, known).items() if v in last}
-            for v in _operands(made):
+            for v in operands(made):
                 if last[v] == i:
                     held.pop(v, None)
         return known[value]
@@ -76,7 +77,7 @@ class Constants:
         assert node is not None
         if node.op_type == "Constant" and "value" in node.attributes:
             return {value: to_torch(node.attributes["value"].as_tensor())}
-        results = self.evaluate(ir.to_proto(node), {v.name or "": known[v] for v in _operands(value)})
+        results = self.evaluate(ir.to_proto(node), {v.name or "": known[v] for v in operands(value)})
         found = dict(zip((v for v in node.outputs if v.name), results, strict=True))
         self._small.update({v: tensor for v, tensor in found.items() if tensor.numel() <= SMALL})
         return found
@@ -98,7 +99,7 @@ class Constants:
 
     def root(self, value: ir.Value) -> ir.Value:
         """The stored parameter behind a constant value: the largest one where several go in."""
-        roots = [v for v in in_order(value) if (node := v.producer()) is None or node.op_type == "Constant"]
+        roots = [v for v in in_order(value, operands) if (node := v.producer()) is None or node.op_type == "Constant"]
         return max(roots, key=_numel) if roots else value
 
     def users(self, root: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
@@ -114,19 +115,8 @@ class Constants:
                 stack += [use for value in reversed(made) for use in reversed(_uses(value))]
 
 
-def in_order(value: ir.Value, known: Container[ir.Value] = ()) -> list[ir.Value]:
-    """The value behind all that it is computed from, each once, without the known; no recursion, as chains may be thousands long."""
-    found, stack = dict[ir.Value, None](), [] if value in known else [value]
-    while stack:
-        missing = [] if stack[-1] in found else [v for v in _operands(stack[-1]) if v not in found and v not in known]
-        if missing:
-            stack += reversed(missing)
-        else:
-            found[stack.pop()] = None
-    return list(found)
-
-
-def _operands(value: ir.Value) -> list[ir.Value]:
+def operands(value: ir.Value) -> list[ir.Value]:
+    """What a value is computed from."""
     node = value.producer()
     return [] if node is None else [v for v in node.inputs if v is not None]
 

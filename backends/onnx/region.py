@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from rewriter.backends.onnx.constants import in_order
+from rewriter.backends.onnx.constants import operands
 from rewriter.backends.onnx.edit import ints
 from rewriter.backends.onnx.names import SCOPES
 from rewriter.backends.onnx.opaque import opaque
 from rewriter.graph import Port, Region
+from rewriter.order import in_order
 
 
 def refusal(region: Region) -> str:
@@ -19,24 +20,18 @@ def refusal(region: Region) -> str:
     graph = region.nodes[-1].graph
     order = {node: i for i, node in enumerate(graph)}
     inside = set(region.nodes)
-    made = [node for v in sources(region) if (node := v.producer()) in order]
+    made = [node for v in region.sources if (node := v.producer()) in order]
     uses = [node for p in region.outputs if p is not None for node, _ in p.value.uses() if node in order and node not in inside]
     if max((order[n] for n in made), default=-1) >= min((order[n] for n in uses), default=len(order)):
         return "some of its results are used before all of its inputs are there"
     return ""
 
 
-def sources(region: Region) -> list[ir.Value]:
-    """What the map, and what is done to its results, read of the outside."""
-    after = [v for p in region.outputs if p is not None for v in p.hoist.values()]
-    return [v for p in region.inputs for v in (p.hoist.values() or [p.value])] + after
-
-
 def anchor(region: Region, current: Callable[[ir.Value], ir.Value]) -> ir.Node | None:
     """The last node of the region's body that makes an input; None where all are there from the start."""
     graph = region.nodes[-1].graph
     order = {node: i for i, node in enumerate(graph)}
-    made = [node for v in sources(region) if (node := current(v).producer()) in order]
+    made = [node for v in region.sources if (node := current(v).producer()) in order]
     return max(made, key=order.__getitem__, default=None)
 
 
@@ -88,7 +83,7 @@ def _by_row(tape: Tape, value: ir.Value, whole: Mapping[ir.Value, ir.Value]) -> 
 def _replayed(tape: Tape, value: ir.Value, given: Mapping[ir.Value, ir.Value], shape: ir.Shape | None) -> ir.Value:
     """Of the shape that all have, or of the step's rank."""
     known = dict(given)
-    for made in in_order(value, known):
+    for made in in_order(value, operands, known):
         known[made] = _whole(tape, made, known, shape)
     return known[value]
 

@@ -18,11 +18,12 @@ from rewriter.passes.detect.recurrent_layer import LAYERS, kind_of, matrices, re
 from rewriter.passes.detect.recurrent_node import read_linear_attention
 from rewriter.passes.detect.step import Step, close, step_of
 from rewriter.passes.detect.unrolled import unrolled
-from rewriter.passes.detect.vector_state import read_time_invariant
+from rewriter.passes.detect.vector_state import CHANGES, read_time_invariant
 from rewriter.passes.structures.linear_attention import LinearAttention
 from rewriter.structure import NoMatch
 
 READ = "raise-recurrence makes it one node"
+UNPROBED = "a linear state, but its sequences and results lie in no order that is read"
 
 
 def detect(graph: Graph) -> Iterator[Site]:
@@ -94,11 +95,11 @@ def _read(step: Step, rng: torch.Generator) -> Reading | NoMatch:
         try:
             found = reader(step, rng)
         except (RewriteError, RuntimeError, ArithmeticError, IndexError, TypeError, ValueError):
-            found = NoMatch("a linear state, but its sequences and results lie in no order that is read")  # a probe did not fit it
+            found = NoMatch(UNPROBED)
         if isinstance(found, Reading):
             return found
         refusals.append(found)
-    return refusals[-1] if state.dim() > 2 else refusals[1]
+    return refusals[-1] if state.dim() > 2 else refusals[refusals[0].reason in (CHANGES, UNPROBED)]
 
 
 def _affine(step: Step, rng: torch.Generator) -> bool:

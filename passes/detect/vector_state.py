@@ -20,6 +20,7 @@ from rewriter.passes.structures.linear_system import LinearSystem
 from rewriter.registry import eager_ops
 from rewriter.structure import NoMatch
 
+CHANGES = "a transition that changes from step to step"
 MOST_STATES = 1024  # that are probed one by one
 
 
@@ -29,12 +30,12 @@ def read_time_invariant(step: Step, rng: torch.Generator) -> Reading | NoMatch:
         return NoMatch(f"{len(step.state)} states and {len(step.ys)} results; one of each can be read")
     (begin,) = step.state
     lone = step.state[begin].dim() == 1
-    if step.state[begin].numel() > MOST_STATES * (1 if lone else step.state[begin].shape[0]):
-        return NoMatch(f"more than {MOST_STATES} states")
     for inputs in (step.x, step.edge):
         if len(inputs) == 1 and not step.beyond(inputs) and _constant(step, begin, inputs, rng):
+            if step.state[begin].numel() > MOST_STATES * (1 if lone else step.state[begin].shape[0]):
+                return NoMatch(f"more than {MOST_STATES} states of a time-invariant system")
             return _system(step, begin, inputs, lone)
-    return NoMatch("a transition that changes from step to step")
+    return NoMatch(CHANGES)
 
 
 def _constant(step: Step, begin: Value, inputs: Mapping[Value, Tensor], rng: torch.Generator) -> bool:

@@ -150,6 +150,24 @@ def test_a_number_of_the_step_may_divide() -> None:
     equal(g, raised(g), {"state": inputs[0], "x": inputs[1]})
 
 
+def early(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return h @ torch.triu(torch.ones(N, N)) * 0.1 + x[0], 2 * h.sum(-1, keepdim=True)
+
+
+def wide(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    h = h - 0.1 * h.roll(1, -1) + torch.nn.functional.pad(x[0], (0, 1025 - N))
+    return h, h
+
+
+@pytest.mark.parametrize(
+    ("body", "states", "said"),
+    [(early, N, "its result reads the state before the step"), (wide, 1025, "more than 1024 states of a time-invariant system")],
+)
+def test_what_a_time_invariant_system_is_left_for_is_said(body: Body, states: int, said: str) -> None:
+    site = only(graph(body, (torch.rand(B, states), torch.rand(T, B, N))))
+    assert site.form is None and said in site.reason
+
+
 @pytest.mark.parametrize("where", ["state", "sequence", "result"])
 def test_a_size_that_goes_into_numbers_is_no_constant(where: str) -> None:
     def averaged(h: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

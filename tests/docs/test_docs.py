@@ -179,13 +179,15 @@ def fragments(text: str) -> list[str]:
     return [part.strip(" ,:=") for part in parts if part.strip(" ,:=")]
 
 
-LOOPS = [f"passes/detect/{name}.py" for name in ("step", "reading", "recurrence", "matrix_state", "gated_state", "recurrent_node")]
+LOOPS = [
+    f"passes/detect/{name}.py"
+    for name in ("step", "reading", "recurrence", "matrix_state", "vector_state", "gated_state", "recurrent_node")
+]
 LOOPS += [f"backends/{room}/{name}.py" for room in ("fx", "onnx") for name in ("loops", "counted", "region")]
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_reasons_of_loops_are_on_the_page(name: str) -> None:
-    """Those of vector_state.py are none: where a system is not read, another reader's reason is given."""
     text = page("docs/passes/raise-recurrence.md").text
     said = re.sub(r"\s+", " ", text)
     for reason in reasons(ROOT / name):

@@ -28,7 +28,6 @@ from rewriter.inputs import parse_input
 from rewriter.options import Options
 from rewriter.report import Latency
 from rewriter.tolerances import EQUAL
-from tests.detect.loops import CASES, exported
 from tests.engine.nets import WIDE, Net, WideMlp, decaying, linear, normal, planted
 
 LOSSY = "low-rank:rank=6"
@@ -397,12 +396,3 @@ def test_rewriter_is_not_needed_to_run_what_it_wrote(pt2: Path) -> None:
         "assert not any(name.split('.')[0] == 'rewriter' for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-def test_a_source_that_the_target_cannot_be_given_is_rewritten_all_the_same(tmp_path: Path) -> None:
-    """torch.onnx loses the parameters of a scan whose body holds an einsum of a dynamic batch."""
-    out = tmp_path / "out.onnx"
-    save_pt2(exported(CASES["retention"], True), tmp_path / "scan.pt2")
-    result = run(str(tmp_path / "scan.pt2"), passes="raise-recurrence", target="onnxruntime", out=str(out), timing=True)
-    assert result.exit_code == 0 and out.exists() and not result.report.latency
-    assert any("the model as it was given has no size and no times here: torch.onnx cannot" in note for note in result.report.notes)
