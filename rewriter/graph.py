@@ -159,7 +159,8 @@ class Graph(Protocol):
     def inputs(self, node: Node) -> Sequence[Value | None]:
         """Tensor operands in the normalised order: linear (x, w, b), matmul (a, b), addmm (c, a, b), gemm (a, b, c), einsum (operands…),
         conv (x, w, b), add/mul (a, b), gather/embedding (table, indices), layer_norm (x, gamma, beta), rms_norm (x, gamma), where
-        (condition, a, b), masked_fill (x, mask, value), attention (query, key, value, mask); None stands for a plain number."""
+        (condition, a, b), masked_fill (x, mask, value), attention (query, key, value, mask), rnn lstm gru (x, matrices and biases…,
+        states); None stands for a plain number."""
         ...
 
     def outputs(self, node: Node) -> Sequence[Value]: ...
@@ -167,7 +168,8 @@ class Graph(Protocol):
     def attributes(self, node: Node) -> Mapping[str, Any]:
         """Normalised: einsum equation; gemm alpha beta trans_a trans_b; addmm alpha beta; conv strides pads dilations groups; transpose
         axes; softmax axis; scalars, of add mul where … the plain numbers among the operands; scalar, of fill the value; attention scale
-        (None: the default) causal heads shared (of inputs without an axis for them) empty (see Attention) beyond (why it is more)."""
+        (None: the default) causal heads shared (of inputs without an axis for them) empty (see Attention) beyond (why it is more); weights,
+        of rnn lstm gru how many operands after x are matrices or biases."""
         ...
 
     def producer(self, value: Value) -> Node | None: ...

@@ -1,7 +1,8 @@
 """Constants of an exported program: parameters and everything computed from them alone, across nested bodies.
 
-A value is constant when it is a parameter, a buffer or a lifted tensor, or a pure operation whose tensor operands are all constant: so
-`x @ w.T`, packed weights cut by `chunk`, weight norms and dequantised weights all look like the stored weight that they come from. One walk
+A value is constant when it is a parameter, a buffer or a lifted tensor, made of nothing (`eye`, `ones`) in a known size, or a pure
+operation whose tensor operands are all constant: so `x @ w.T`, packed weights cut by `chunk`, weight norms and dequantised weights all look
+like the stored weight that they come from. One walk
 answers every question (which values are constant, from which parameter, used where) and reads no weight; an edit drops what it found.
 """
 
@@ -20,6 +21,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+LARGEST = 1 << 24  # entries of a constant that is made from nothing
 _CALLS = {  # their operands follow the body
     "invoke_subgraph", "tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "wrap_with_set_grad_enabled",
     "wrap_with_autocast",
@@ -75,7 +77,7 @@ class _Index:
     seen: set[Node] = field(default_factory=set)
     stored: dict[Node, str] = field(default_factory=dict)  # placeholder of the main body -> the parameter's name
     outer: dict[Node, Node] = field(default_factory=dict)  # nested placeholder -> the caller's operand
-    roots: dict[Node, Node] = field(default_factory=dict)  # constant value -> the stored placeholder behind it; its keys are all constants
+    roots: dict[Node, Node] = field(default_factory=dict)  # constant value -> what is behind it, stored or made; all constants are keys
     users: dict[object, list[tuple[Node, Node]]] = field(default_factory=dict)  # memory -> (user, operand)
 
 
@@ -110,9 +112,13 @@ class Constants:
         return value in self._index_of(value).roots
 
     def root(self, value: Node) -> str:
-        """The stored parameter behind a constant value; the largest where several go in."""
+        """The stored parameter behind a constant value; the largest where several go in; without one, the largest that is made."""
         index = self._index_of(value)
-        return index.stored[index.roots[value]]
+        return self._name(index, index.roots[value])
+
+    @staticmethod
+    def _name(index: _Index, root: Node) -> str:
+        return index.stored.get(root, root.name)
 
     def outermost(self, value: Node) -> Node:
         """The caller's operand that a nested placeholder is bound to, through every body between; else the value itself."""
@@ -151,14 +157,15 @@ class Constants:
 
     def _memory(self, name: str) -> object:
         """Where a parameter begins: tied names begin at one address, also as views of another shape."""
-        return self._stored(name).data_ptr() or name
+        kept = name in self.program.state_dict or name in self.program.constants
+        return (self._stored(name).data_ptr() if kept else 0) or name
 
     def _walk(self) -> _Index:
         index = _Index()
         signature = self.program.graph_signature
         names = {s.arg.name: s.target for s in signature.input_specs if s.kind in STORED and s.target}
         mutated = set(signature.buffers_to_mutate.values())
-        origins: dict[Node, frozenset[Node]] = {}  # constant value -> every stored placeholder that goes into it
+        origins: dict[Node, frozenset[Node]] = {}  # constant value -> all that is stored, or made from nothing, and goes into it
         for body in bodies(self.program):
             placeholders = [n for n in body.module.graph.nodes if n.op == "placeholder"]
             if body.call is None:
@@ -171,16 +178,19 @@ class Constants:
             for node in body.module.graph.nodes:
                 index.seen.add(node)
                 inputs = node.all_input_nodes
-                if inputs and node.op == "call_function" and _pure(node) and all(n in origins for n in inputs):
+                if node.op != "call_function" or not _pure(node):
+                    continue
+                if inputs and all(n in origins for n in inputs):
                     origins[node] = frozenset().union(*(origins[n] for n in inputs))
-        sizes = {n: _numel(n) for n in index.stored}
-        order = {n: i for i, n in enumerate(index.stored)}
-        index.roots = {v: max(behind, key=lambda n: (sizes[n], -order[n])) for v, behind in origins.items()}
+                elif _made(node):
+                    origins[node] = frozenset([node])
+        order = {n: i for i, n in enumerate([*index.stored, *(v for v in origins if not v.all_input_nodes)])}
+        index.roots = {v: max(behind, key=lambda n: (n in index.stored, _numel(n), -order[n])) for v, behind in origins.items()}
         self._note_users(index, origins)
         return index
 
     def _note_users(self, index: _Index, origins: dict[Node, frozenset[Node]]) -> None:
-        memory = {n: self._memory(name) for n, name in index.stored.items()}
+        memory = {n: self._memory(self._name(index, n)) for behind in origins.values() for n in behind}
         for value, behind in origins.items():
             for user in value.users:
                 if user in origins or (isinstance(user.target, torch._ops.HigherOrderOperator) and value in operands(user)):
@@ -199,6 +209,14 @@ def _evaluate(node: Node, known: dict[Node, Tensor]) -> Tensor:
 def _numel(node: Node) -> int:
     fake = node.meta.get("val")
     return fake.numel() if isinstance(fake, Tensor) else 0
+
+
+def _made(node: Node) -> bool:
+    """From nothing, of a size that can be held; `empty` has no numbers yet."""
+    fake = node.meta.get("val")
+    if node.all_input_nodes or not isinstance(fake, Tensor) or "empty" in str(node.target):
+        return False
+    return all(isinstance(n, int) for n in fake.shape) and fake.numel() <= LARGEST
 
 
 def _pure(node: Node) -> bool:

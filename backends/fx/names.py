@@ -148,6 +148,10 @@ def operands(node: Node) -> Sequence[Node | None]:
         return list(node.args[0])  # type: ignore[arg-type]
     if name in ("layer_norm", "rms_norm"):
         return _tensors((node.args[0], *node.args[2 : 4 if name == "layer_norm" else 3]))
+    if name in _RECURRENT:
+        x, *others = node.all_input_nodes
+        weights = _weights(node)
+        return [x, *weights, *(v for v in others if v not in weights)]
     return node.all_input_nodes
 
 
@@ -194,6 +198,12 @@ def _transpose(node: Node) -> dict[str, Any]:
     return {"axes": tuple(axes)}
 
 
+def _weights(node: Node) -> list[Node]:
+    """The matrices and biases of a recurrent layer or cell: a layer's are its last list."""
+    found = next((a for a in reversed(node.args) if isinstance(a, list | tuple)), ())
+    return [a for a in (node.args[2:6] if operation(node).endswith("_cell") else found) if isinstance(a, Node)]
+
+
 def _attention(node: Node) -> dict[str, Any]:
     given = dict(zip(("dropout", "causal"), node.args[4:6], strict=False))
     dropped = given.get("dropout", node.kwargs.get("dropout_p", 0.0))
@@ -203,6 +213,7 @@ def _attention(node: Node) -> dict[str, Any]:
     return {"scale": node.kwargs.get("scale"), "causal": causal, "empty": "zero", "beyond": beyond}
 
 
+_RECURRENT = ("rnn", "lstm", "gru", "rnn_cell", "lstm_cell", "gru_cell")
 _OPTIONS: dict[str, Callable[[Node], dict[str, Any]]] = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "pow", "where", "masked_fill"), _scalars),
     "fill": _fill,
@@ -211,6 +222,7 @@ _OPTIONS: dict[str, Callable[[Node], dict[str, Any]]] = {
     "softmax": lambda node: {"axis": node.args[1]},
     "safe_softmax": lambda node: {"axis": node.args[1]},
     "attention": _attention,
+    **dict.fromkeys(_RECURRENT, lambda node: {"weights": len(_weights(node))}),
 }
 
 

@@ -99,26 +99,26 @@ class _Roles:
 
 
 def _readings(step: Step, view: _View, roles: _Roles) -> Iterator[Reading | NoMatch]:
-    if len(roles.readout) != 1:
+    if len(roles.readout) > 1:
         yield NoMatch(f"its result is read by {len(roles.readout)} sequences; a query is one")
         return
     if len(roles.transition) > 1:
-        yield NoMatch("its decay is computed from several sequences")
+        yield NoMatch("its transition is of several sequences; a decay is one, and several factors are stacked along an axis of one")
         return
-    query, decay = roles.readout[0], roles.transition[0] if roles.transition else None
+    decay = roles.transition[0] if roles.transition else None
     rates = None if decay is not None else _rates(step, view, (*roles.both, *roles.shift))
     if isinstance(rates, NoMatch):
         yield rates
         return
+    if len(roles.both) == 1 and len(roles.shift) == 1:
+        yield NoMatch("a delta rule whose beta is no sequence of its own")
     if roles.both:
-        if len(roles.both) == 1 and len(roles.shift) == 1:
-            yield NoMatch("a delta rule whose beta is no sequence of its own")
-        for key, beta in permutations(roles.both, 2):
-            for value in roles.shift:
-                yield from _tries(step, view, {"query": query, "key": key, "value": value, "decay": decay, "beta": beta}, rates)
+        written = [(key, value, beta) for key, beta in permutations(roles.both, 2) for value in roles.shift]
     else:
-        for key, value in permutations(roles.shift, 2):
-            yield from _tries(step, view, {"query": query, "key": key, "value": value, "decay": decay}, rates)
+        written = [(key, value, None) for key, value in permutations(roles.shift, 2)]
+    for query in roles.readout or (*roles.both, *roles.shift):  # what is read with is what was written with, where nothing else is
+        for key, value, beta in written:
+            yield from _tries(step, view, {"query": query, "key": key, "value": value, "decay": decay, "beta": beta}, rates)
 
 
 def _rates(step: Step, view: _View, written: Sequence[Value]) -> Tensor | NoMatch | None:

@@ -19,7 +19,7 @@ LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "lstm_cell": "LSTM cell", 
 def matrices(graph: Graph, node: Node, listed: set[str]) -> Iterator[Site]:
     """One site for each matrix of a layer, with its cost and why it stays; a cell that is called again has listed its own."""
     y = graph.outputs(node)[0]
-    for value in graph.inputs(node):
+    for value in graph.inputs(node)[1 : 1 + graph.attributes(node).get("weights", 2)]:  # an ONNX node has W and R
         tensor = graph.const(value) if value is not None and graph.is_const(value) else None
         if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or min(tensor.shape[-2:]) < 2:
             continue

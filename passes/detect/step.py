@@ -25,6 +25,7 @@ LAYOUT = {"reshape", "transpose", "unsqueeze", "squeeze", "expand", "identity", 
 # Of numbers from anywhere these are sums and products, so what agrees on random ones agrees on all; a clamp agrees only where it is idle.
 SUMS = {"aten.sum", "aten.mean", "ReduceSum", "ReduceMean", "add", "sub", "rsub", "neg", "concat", "stack", "repeat", "repeat_interleave"}
 PRODUCTS = {"mul", "matmul", "linear", "addmm", "gemm", "einsum", "outer", "conv", "aten.dot", "aten.addcmul"}
+OUTER = {"mul", "matmul", "einsum", "outer"}
 POLYNOMIAL = LAYOUT | SUMS | PRODUCTS | {"aten.flip", "aten.roll"}
 
 
@@ -121,13 +122,35 @@ class Step:
         return _float(self.graph, value) and self.graph.op(node) not in LAYOUT and not all(_float(self.graph, v) for v in varying)
 
     def _factors(self, root: Value) -> list[Value]:
-        """The two that an outer product as large as a state is made of."""
-        node = None if root in self.x else self.graph.producer(root)
-        if node is None or self.graph.op(node) not in ("mul", "matmul", "einsum", "outer"):
-            return []
-        operands = [v for v in self.graph.inputs(node) if v is not None and not self.graph.is_const(v)]
-        whole, *sizes = (t.numel() for t in self.graph.compute([root, *operands], self.x))
-        return operands if len(sizes) == 2 and all(1 < size < whole for size in sizes) else []
+        """The smaller values that it is sums and products of, as I - beta k k^T is of beta k and k; none where it is of others too."""
+        ways = self._ways(root)
+        size = {v: t.numel() for v, t in zip(ways, self.graph.compute(list(ways), self.x), strict=True)}
+        found, seen, stack = dict[Value, None](), set[Value](), [root]
+        while stack:
+            value = stack.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            smaller = [v for v in ways[value] if size[v] < size[root]]
+            times = value not in self.x and self.graph.op(self.graph.producer(value)) in OUTER
+            outer = times and len(smaller) == 2 and all(size[v] > 1 for v in smaller)
+            if (smaller and not times) or (len(smaller) == len(ways[value]) and not outer):
+                return []
+            found.update(dict.fromkeys(smaller))
+            stack += reversed([v for v in ways[value] if v not in smaller])
+        return list(found)
+
+    def _ways(self, root: Value) -> dict[Value, list[Value]]:
+        """What varies of the operands of a value, and of theirs, as long as they are sums and products."""
+        found, stack = dict[Value, list[Value]](), [root]
+        while stack:
+            value = stack.pop()
+            node = None if value in self.x or value in found else self.graph.producer(value)
+            linear = node is not None and (self.graph.op(node) in POLYNOMIAL or self.graph.sliced(value) is not None)
+            inputs = self.graph.inputs(node) if linear else ()
+            found.setdefault(value, [v for v in inputs if v is not None and _float(self.graph, v) and not self.graph.is_const(v)])
+            stack += [v for v in found[value] if v not in found]
+        return found
 
     def root(self, value: Value) -> Value:
         """What a value is but a rearrangement of."""
