@@ -286,6 +286,18 @@ def test_recurrent_layers_are_listed(kind: str) -> None:
     assert all(s.kind == "linear" and kind in s.reason for s in inside)
 
 
+def test_biases_and_first_states_of_a_layer_are_no_matrices() -> None:
+    h = WIDTH
+    shapes = {"W": (2, 4 * h, KEY), "R": (2, 4 * h, h), "B": (2, 8 * h), "h": (2, 3, h), "c": (2, 3, h), "P": (2, 3 * h)}
+    stored = [helper.make_tensor(name, TensorProto.FLOAT, shape, torch.randn(shape).flatten().tolist()) for name, shape in shapes.items()]
+    node = helper.make_node("LSTM", ["x", "W", "R", "B", "", "h", "c", "P"], ["y"], hidden_size=h, direction="bidirectional")
+    infos = {"x": ["time", 3, KEY], "y": ["time", 2, 3, h]}
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in infos.items())
+    inner = helper.make_graph([node], "lstm", [x], [y], stored)
+    graph = OnnxGraph(ir.from_proto(helper.make_model(inner, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)))
+    assert [s.name for s in sites(graph) if s.kind == "linear"] == ["W", "R"]
+
+
 @pytest.mark.parametrize("activation", ["Affine", "Tanh", "scaled"])
 def test_an_onnx_rnn_of_identity_activation_is_a_linear_system(activation: str) -> None:
     generator = torch.Generator().manual_seed(0)

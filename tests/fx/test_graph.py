@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -104,6 +105,28 @@ def test_a_view_is_no_copy_and_what_varies_is_no_constant() -> None:
     assert g.const(find(g, "linear")) is None
     assert not g.is_const(find(g, "mul"))
     assert not any(g.is_const(v) for v in find(g, "mul").all_input_nodes)
+
+
+@pytest.mark.parametrize(
+    ("made", "constant"),
+    [
+        (lambda x: torch.eye(6), True),
+        (lambda x: torch.ones(6, 6).triu() * 0.5, True),
+        (lambda x: torch.rand(6, 6), False),
+        (lambda x: torch.empty(6, 6), False),
+        (lambda x: torch.zeros(x.shape[0], 6), False),
+        (lambda x: torch.ones(1 << 23, 6).amax(0), False),
+    ],
+    ids=["eye", "of ones", "random", "empty", "of a size that varies", "large"],
+)
+def test_what_is_made_of_nothing_is_a_constant(made: Callable[[Tensor], Tensor], constant: bool) -> None:
+    g = graph(Net(lambda s, x: x.sum() * made(x)), X)
+    (value,) = (v for v in find(g, "mul", -1).all_input_nodes if g.op(v) != "aten.sum")
+    assert g.is_const(value) == constant
+    if constant:
+        held = g.const(value)
+        assert held is not None and torch.equal(held, made(X))
+        assert g.stored_name(value) in ("eye", "ones")
 
 
 def test_the_stored_name_is_the_largest_parameters() -> None:
