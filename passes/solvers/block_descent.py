@@ -9,17 +9,22 @@ weighted descent is reduced-rank regression (Izenman 1975), block by block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rewriter.passes.solvers.bcd.engine import AbstractProblem, AbstractUpdate, Stage, Stop, minimise
+from rewriter.passes.solvers.bcd.selection import Cyclic
 from rewriter.passes.solvers.spectral import cholesky, ridged
 
 PROXIMAL = 1e-6  # relative to the mean of H's diagonal
 FP64_WORK = 2**30  # multiply-adds of one sweep above which its large products run in float32
 SWEEPS = 5
 GAIN = 4e-3  # of the loss; a sweep that gains less is the last
+_Part = tuple[Literal["column", "row"], int]
 EXACT_SIZE = 256  # larger eigenproblems are warm-started after the first sweep
 
 
@@ -42,98 +47,123 @@ def descend(weight: Tensor, second: Tensor, k: int, g: int, rank: int, sweeps: i
 
     Pads with zeros where k or g do not divide. rank <= min(q, s) with q = ceil(n / k), s = ceil(m / g); inputs finite.
     """
-    problem = _Problem.of(weight, second, k, g, rank)
-    left, right = (start.left.clone(), start.right.clone()) if start else problem.start()
-    problem.residual[:] -= Blocks(left, right).dense()
-    losses = list(start.losses) if start else [problem.loss()]
-    for _ in range(sweeps):
-        if losses[-1] <= problem.negligible or _settled(losses):
-            break
-        losses.append(losses[-1] - problem.sweep(left, right))
-    return Blocks(left, right, tuple(losses))
+    fit = _Fit(weight, second, k, g, rank, start)
+    if start is not None and _settled(start.losses):
+        return start
+    columns = Stage[_Part, _Move]("column blocks", Cyclic([("column", c) for c in range(k)]), _Exact(), repeats=k)
+    return fit.descended([columns], Stop(sweeps, rtol=GAIN, value=fit.negligible), start)
 
 
 def refit(weight: Tensor, second: Tensor, blocks: Blocks) -> Blocks:
     """All left factors of a row group at once, by least squares on its k r middle features; proximal, so it never loses."""
     k, g, _, r = blocks.left.shape
-    problem = _Problem.of(weight, second, k, g, r)
-    problem.residual[:] -= blocks.dense()
-    return blocks if k == 1 or blocks.losses[-1] <= problem.negligible else problem.refit(blocks)
+    fit = _Fit(weight, second, k, g, r, blocks)
+    rows = Stage[_Part, _Move]("row groups", Cyclic([("row", i) for i in range(g)]), _Exact(), repeats=g)
+    return fit.descended([rows], Stop(1 if k > 1 else 0, value=fit.negligible), blocks)
 
 
-def _settled(losses: list[float]) -> bool:
+def _settled(losses: Sequence[float]) -> bool:
     return len(losses) > 1 and losses[-2] - losses[-1] <= GAIN * losses[-2]
 
 
 @dataclass(frozen=True)
-class _Problem:
-    residual: Tensor  # (g s, k q) E, updated in place
-    second: Tensor  # (k q, k q) H in working precision
-    corner: Tensor  # (k, q, q) H_cc + ε, float64
-    factor: Tensor  # (k, q, q) its Cholesky factors
-    rank: int
-    groups: int
-    negligible: float
+class _Move:
+    change: float
+    left: Tensor
+    right: Tensor | None = None  # of column blocks
 
-    @classmethod
-    def of(cls, weight: Tensor, second: Tensor, k: int, g: int, rank: int) -> _Problem:
+
+class _Exact(AbstractUpdate[_Part, _Move]):
+    """The best factors of a part with the others as they are."""
+
+    def propose(self, problem: AbstractProblem[_Part, _Move], block: _Part) -> _Move:
+        assert isinstance(problem, _Fit)
+        kind, index = block
+        return problem.column(index) if kind == "column" else problem.row(index)
+
+
+class _Fit(AbstractProblem[_Part, _Move]):
+    """The objective with its residual at hand, in float32 where its products are large."""
+
+    def __init__(self, weight: Tensor, second: Tensor, k: int, g: int, rank: int, start: Blocks | None) -> None:
         m, n = weight.shape
-        q, s = -(-n // k), -(-m // g)
-        h = torch.nn.functional.pad(ridged(second), (0, k * q - n, 0, k * q - n))
-        padded = torch.nn.functional.pad(weight.double(), (0, k * q - n, 0, g * s - m))
-        corner = torch.stack([h[c * q : (c + 1) * q, c * q : (c + 1) * q] for c in range(k)])
-        corner = corner + PROXIMAL * h.diagonal().mean() * torch.eye(q, dtype=torch.float64)
+        self.q, self.s, self.rank, self.groups = -(-n // k), -(-m // g), rank, g
+        h = torch.nn.functional.pad(ridged(second), (0, k * self.q - n, 0, k * self.q - n))
+        padded = torch.nn.functional.pad(weight.double(), (0, k * self.q - n, 0, g * self.s - m))
+        corner = torch.stack([h[self._columns(c)][:, self._columns(c)] for c in range(k)])
+        self.corner = corner + PROXIMAL * h.diagonal().mean() * torch.eye(self.q, dtype=torch.float64)  # (k, q, q) H_cc + ε
+        self.factor = cholesky(self.corner, 0.0)
         work = torch.float64 if padded.shape[0] * padded.shape[1] ** 2 <= FP64_WORK else torch.float32
         energy = float((padded.square() @ h.diagonal()).sum())  # up to correlations
-        return cls(padded.to(work), h.to(work), corner, cholesky(corner, 0.0), rank, g, energy * torch.finfo(work).eps)
+        self.negligible = energy * torch.finfo(work).eps
+        self.residual, self.second = padded.to(work), h.to(work)  # (g s, k q) E, and H
+        self.left, self.right = (start.left.clone(), start.right.clone()) if start else self._start()
+        self.residual -= Blocks(self.left, self.right).dense()
+        self.loss = start.losses[-1] if start else float(((self.residual @ self.second) * self.residual).sum(dtype=torch.float64))
 
-    def loss(self) -> float:
-        return float(((self.residual @ self.second) * self.residual).sum(dtype=torch.float64))
+    def descended(self, program: Sequence[Stage[_Part, _Move]], stop: Stop, start: Blocks | None) -> Blocks:
+        found = minimise(self, program, stop, torch.Generator())
+        return Blocks(self.left, self.right, (*(start.losses[:-1] if start else ()), *found.values))
 
-    def start(self) -> tuple[Tensor, Tensor]:
+    def value(self) -> float:
+        return self.loss
+
+    def change(self, block: _Part, move: _Move) -> float:
+        return move.change
+
+    def apply(self, block: _Part, move: _Move) -> None:
+        kind, index = block
+        if kind == "column":
+            assert move.right is not None
+            step = move.left @ move.right - self.left[index] @ self.right[index]  # (g, s, q)
+            self.residual[:, self._columns(index)] -= step.flatten(0, 1).to(self.residual.dtype)
+            self.left[index], self.right[index] = move.left, move.right
+        else:
+            step = (move.left - self.left[:, index]) @ self.right[:, index]  # (k, s, q)
+            self.residual[self._rows(index)] -= step.transpose(0, 1).flatten(1).to(self.residual.dtype)
+            self.left[:, index] = move.left
+        self.loss += move.change
+
+    def column(self, c: int) -> _Move:
+        """Reduced-rank regression, see above."""
+        cols = self._columns(c)
+        gradient = (self.residual @ self.second[:, cols]).double()  # (g s, q)
+        old = self.left[c] @ self.right[c]
+        target = old + torch.cholesky_solve(gradient.T, self.factor[c]).T.reshape(old.shape)
+        image = self.left[c] @ (self.right[c] @ self.corner[c]) + gradient.reshape(old.shape)  # target @ corner, for less
+        left = leading(target, image, self.corner[c], self.left[c])
+        right = left.mT @ target
+        step = (left @ right - old).flatten(0, 1)
+        taken = step.to(self.residual.dtype)
+        quadratic = ((taken @ self.second[cols, cols]) * taken).sum(dtype=torch.float64)
+        return _Move(float(quadratic - 2 * (step * gradient).sum()), left, right)
+
+    def row(self, i: int) -> _Move:
+        """Least squares on the middle features of row group i."""
+        k, _, s, r = self.left.shape
+        parts = [self._columns(c) for c in range(k)]
+        image = torch.cat([self.right[c, i].to(self.second.dtype) @ self.second[parts[c]] for c in range(k)])  # (k r, k q)
+        gram = torch.cat([image[:, parts[c]].double() @ self.right[c, i].T for c in range(k)], 1)
+        slope = (self.residual[self._rows(i)] @ image.T).double()  # (s, k r)
+        factor = cholesky((gram + gram.T) / 2, PROXIMAL)
+        step = torch.cholesky_solve(slope.T, factor).T
+        change = ((step @ gram) * step).sum() - 2 * (step * slope).sum()
+        return _Move(float(change), self.left[:, i] + step.reshape(s, k, r).permute(1, 0, 2))
+
+    def _columns(self, c: int) -> slice:
+        return slice(c * self.q, (c + 1) * self.q)
+
+    def _rows(self, i: int) -> slice:
+        return slice(i * self.s, (i + 1) * self.s)
+
+    def _start(self) -> tuple[Tensor, Tensor]:
         """Each block's own weighted truncation."""
-        k, q, _ = self.corner.shape
         parts = []
-        for c in range(k):
-            block = self.residual[:, c * q : (c + 1) * q].double().reshape(self.groups, -1, q)
+        for c in range(len(self.corner)):
+            block = self.residual[:, self._columns(c)].double().reshape(self.groups, -1, self.q)
             basis = leading(block, block @ self.corner[c], self.corner[c])[..., : self.rank]
             parts.append((basis, basis.mT @ block))
         return torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
-
-    def sweep(self, left: Tensor, right: Tensor) -> float:
-        """One pass over the column blocks, in place; returns by how much the loss fell."""
-        k, q, _ = self.corner.shape
-        fallen = 0.0
-        for c in range(k):
-            cols = slice(c * q, (c + 1) * q)
-            gradient = (self.residual @ self.second[:, cols]).double()  # (g s, q)
-            old = left[c] @ right[c]
-            target = old + torch.cholesky_solve(gradient.T, self.factor[c]).T.reshape(old.shape)
-            image = left[c] @ (right[c] @ self.corner[c]) + gradient.reshape(old.shape)  # target @ corner, for less
-            left[c] = leading(target, image, self.corner[c], left[c])
-            right[c] = left[c].mT @ target
-            step = (left[c] @ right[c] - old).flatten(0, 1)
-            change = step.to(self.residual.dtype)
-            quadratic = ((change @ self.second[cols, cols]) * change).sum(dtype=torch.float64)
-            fallen += float(2 * (step * gradient).sum() - quadratic)
-            self.residual[:, cols] -= change
-        return fallen
-
-    def refit(self, blocks: Blocks) -> Blocks:
-        """See the function of this name."""
-        k, g, s, r = blocks.left.shape
-        q = blocks.right.shape[3]
-        left = blocks.left.clone()
-        fallen = 0.0
-        for i in range(g):
-            image = torch.cat([blocks.right[c, i].to(self.second.dtype) @ self.second[c * q : (c + 1) * q] for c in range(k)])  # (k r, k q)
-            gram = torch.cat([image[:, c * q : (c + 1) * q].double() @ blocks.right[c, i].T for c in range(k)], 1)
-            slope = (self.residual[i * s : (i + 1) * s] @ image.T).double()  # (s, k r)
-            factor = cholesky((gram + gram.T) / 2, PROXIMAL)
-            step = torch.cholesky_solve(slope.T, factor).T
-            fallen += float(2 * (step * slope).sum() - ((step @ gram) * step).sum())
-            left[:, i] += step.reshape(s, k, r).permute(1, 0, 2)
-        return replace(blocks, left=left, losses=(*blocks.losses, blocks.losses[-1] - fallen))
 
 
 def leading(target: Tensor, image: Tensor, corner: Tensor, warm: Tensor | None = None) -> Tensor:
