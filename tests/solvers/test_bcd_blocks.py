@@ -136,25 +136,29 @@ def test_forests_are_induced_maximal_and_everything_is_in_one(seed: int) -> None
     assert found.value == pytest.approx(float(-f.c @ torch.linalg.solve(f.h, f.c)) / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("g", [1, 3])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 6)])
-def test_the_best_support_is_the_exhaustive_one(n: int, m: int) -> None:
-    a, r = normal(7, 2 * m, m), normal(7, m, seed=1)
-    h = a.mT @ a
-    z, gains = best_support(h, r, n)
-    assert int((z != 0).sum(-1).max()) == n
+def test_the_best_support_is_the_exhaustive_one(n: int, m: int, g: int) -> None:
+    """Against the rows and columns of the whole quadratic form, P kron H."""
+    a, b, r = normal(7, 2 * m, m), normal(7, 2 * g, g, seed=2), normal(7, g, m, seed=1)
+    h, p = a.mT @ a, b.mT @ b
+    z, gains = best_support(p, h, r, n)
+    assert bool(((z != 0).any(1).sum(-1) == n).all())
     for i in range(7):
-        tried = []
+        whole, tried = torch.kron(p[i], h[i]), []
         for chosen in itertools.combinations(range(m), n):
-            index = torch.tensor(chosen)
-            x = torch.linalg.solve(h[i][index][:, index], r[i, index])
-            tried.append(float(r[i, index] @ x) / 2)
+            index = torch.tensor([row * m + c for row in range(g) for c in chosen])
+            right = r[i].flatten()[index]
+            tried.append(float(right @ torch.linalg.solve(whole[index][:, index], right)) / 2)
+        flat = z[i].flatten()
         assert float(gains[i]) == pytest.approx(max(tried), rel=1e-9)
-        assert float(r[i] @ z[i] - z[i] @ h[i] @ z[i] / 2) == pytest.approx(max(tried), rel=1e-9)
+        assert float(r[i].flatten() @ flat - flat @ whole @ flat / 2) == pytest.approx(max(tried), rel=1e-9)
 
 
 def test_a_support_of_a_singular_group_is_finite() -> None:
-    z, _ = best_support(torch.zeros(3, 4, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64), 2)
-    assert bool(z.isfinite().all())
+    zero = torch.zeros(3, 4, 4, dtype=torch.float64)
+    z, gains = best_support(torch.zeros(3, 1, 1, dtype=torch.float64), zero, zero[:, :1], 2)
+    assert bool(z.isfinite().all()) and not bool(gains.any())
 
 
 @pytest.mark.parametrize(("n", "m", "said"), [(4, 4, "keeps no part"), (0, 4, "keeps no part"), (8, 16, "12,870 supports")])

@@ -102,7 +102,8 @@ class Support(AbstractUpdate[Tensor, Tensor]):
     def propose(self, problem: AbstractProblem[Tensor, Tensor], block: Tensor) -> Tensor:
         assert isinstance(problem, AbstractSmooth)
         h, x = problem.curvature(block), problem.x[block]
-        return best_support(h, h @ x - problem.slope(block), self.n)[0] - x
+        right = h @ x - problem.slope(block)
+        return best_support(torch.ones(1, 1, dtype=x.dtype), h, right[None], self.n)[0][0] - x
 
 
 def conjugate(times: Any, right: Tensor, preconditioner: Tensor, steps: int) -> Tensor:
