@@ -186,8 +186,9 @@ def claims(found: Gaps, dealt: Mapping[str, float], tree: Mapping[str, float]) -
         where = [f"{p}, {n}" for p, n in cases if least(first, p, n) > factor * least(others, p, n)]
         return f"not for {'; '.join(where)}" if where else "in all 4"
 
-    fixed = (*turns, "GS, fixed", *greedy)
+    fixed, any_size = (*turns, "GS, fixed", *greedy), (*variable, "GS, variable", "GSL, variable")
     return [
+        ("matrix update: variable blocks first, by whatever score", before("matrix", any_size, *fixed)),
         ("matrix update: variable blocks by GSD or GSQ first", before("matrix", variable, *fixed, "GS, variable", "GSL, variable")),
         ("matrix update: GSD is enough, within 10 times GSQ's gap", before("matrix", variable[:1], variable[1], factor=10)),
         ("gradient update: variable blocks by GSL first", before("gradient", ("GSL, variable",), *fixed, "GS, variable", "GSD, variable")),

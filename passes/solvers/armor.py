@@ -116,41 +116,53 @@ class _Armor(AbstractProblem[Any, _Move]):
         self._refresh()
 
     def _refresh(self) -> None:
-        """What the wrappers' moves change: P, Q and G."""
-        self.residual = self.target - self.left[:, None] @ self.core @ self.right
+        """What the wrappers change: P, Q, R and G."""
         self.across = self.left.mT @ self.left  # (I, b, b) P
         self.along = (self.right * self.weights) @ self.right.mT  # (J, b, b) Q
-        self.gradient = self.left[:, None].mT @ (self.residual * self.weights) @ self.right.mT  # (I, J, b, b) G
+        self.gradient = self.left[:, None].mT @ (self.residual() * self.weights) @ self.right.mT  # (I, J, b, b) G
+
+    def residual(self) -> Tensor:
+        """(I, J, b, b) R."""
+        return self.target - self.left[:, None] @ self.core @ self.right
 
     def value(self) -> float:
-        gap = self.target - self.left[:, None] @ self.core @ self.right
-        return float((gap.square() * self.weights).sum())
+        return float((self.residual().square() * self.weights).sum())
 
     def change(self, block: Any, move: _Move) -> float:
         return move.change
 
     def apply(self, block: Any, move: _Move) -> None:
-        if isinstance(block, str) and block != "values":
+        if not isinstance(block, str):
+            self._apply_groups(block, move.step)
+        elif block == "values":
+            self.core = self.core + move.step
+            self.gradient = self.gradient - self.across[:, None] @ move.step @ self.along
+        else:
             setattr(self, block, getattr(self, block) + move.step)
             self._refresh()
-            return
-        step = move.step if isinstance(block, str) else self.spread(block, move.step)
-        self.core = self.core + step
-        if not isinstance(block, str):
-            kept_now = self.spread(block, (self.taken(block, self.core) != 0).any(1, keepdim=True).expand(move.step.shape))
-            self.mask = (self.mask & ~self.spread(block, torch.ones_like(move.step, dtype=torch.bool))) | kept_now
-        self.gradient = self.gradient - self.across[:, None] @ step @ self.along
-        self.residual = self.residual - self.left[:, None] @ step @ self.right
+
+    def _apply_groups(self, drawn: Tensor, step: Tensor) -> None:
+        """G changes by a product of rank `shared` in every tile."""
+        (i, j), (rows, columns) = self._places(), self._indices(drawn)
+        tile = torch.arange(len(drawn))[:, None, None]
+        entries = tile, rows[:, :, None], columns[:, None, :]
+        core, mask, gradient = (t.view(-1, self.size, self.size) for t in (self.core, self.mask, self.gradient))  # changed in place
+        core[entries] += step
+        mask[entries] = (core[entries] != 0).any(1, keepdim=True).expand(step.shape)
+        every = torch.arange(self.size)
+        p = self.across[i[:, None, None], every[:, None], rows[:, None, :]]  # (tiles, b, shared)
+        q = self.along[j[:, None, None], columns[:, :, None], every]  # (tiles, m, b)
+        gradient.baddbmm_(p, step @ q, alpha=-1)
 
     def move_left(self) -> _Move:
         z = self.core @ self.right
-        gram, slope = ((other * self.weights @ z.mT).sum(1) for other in (z, self.residual))
+        gram, slope = ((other * self.weights @ z.mT).sum(1) for other in (z, self.residual()))
         step = torch.cholesky_solve(slope.mT, cholesky(gram, PROXIMAL)).mT
         return _Move(float(((step @ gram) * step).sum() - 2 * (step * slope).sum()), step)
 
     def move_right(self) -> _Move:
         y = self.left[:, None] @ self.core
-        gram, slope = ((y.mT @ other).sum(0) for other in (y, self.residual))
+        gram, slope = ((y.mT @ other).sum(0) for other in (y, self.residual()))
         step = torch.cholesky_solve(slope, cholesky(gram, PROXIMAL))
         return _Move(float((((gram @ step - 2 * slope) * step) * self.weights).sum()), step)
 
@@ -167,12 +179,12 @@ class _Armor(AbstractProblem[Any, _Move]):
         return _Move(float(((times(step) - 2 * right) * step).sum()), step.view(shape))
 
     def move_groups(self, drawn: Tensor) -> _Move:
-        (i, j), (row, column) = self._places(), self._corners(drawn)
-        rows, columns = (k[:, None] + torch.arange(n) for k, n in ((row, self.pattern.shared), (column, self.pattern.m)))
-        p = self.across[i][torch.arange(len(i))[:, None, None], rows[:, :, None], rows[:, None, :]]
-        q = self.along[j][torch.arange(len(j))[:, None, None], columns[:, :, None], columns[:, None, :]]
-        x = self.taken(drawn, self.core)
-        right = p @ x @ q + self.taken(drawn, self.gradient)
+        (i, j), (rows, columns) = self._places(), self._indices(drawn)
+        tile = torch.arange(len(drawn))[:, None, None]
+        p = self.across[i[:, None, None], rows[:, :, None], rows[:, None, :]]
+        q = self.along[j[:, None, None], columns[:, :, None], columns[:, None, :]]
+        x, slope = (t.flatten(0, 1)[tile, rows[:, :, None], columns[:, None, :]] for t in (self.core, self.gradient))
+        right = p @ x @ q + slope
         z, gain = best_support(p, q, right, self.pattern.n)
         before = (((p @ x @ q) * x).sum((-2, -1)) - 2 * (right * x).sum((-2, -1))).sum()
         return _Move(float(-2 * gain.sum() - before), z - x)
@@ -182,32 +194,22 @@ class _Armor(AbstractProblem[Any, _Move]):
         g, m, b = self.pattern.shared, self.pattern.m, self.size
         return tiles.reshape(-1, b // g, g, b // m, m).transpose(2, 3).reshape(-1, (b // g) * (b // m), g, m)
 
-    def taken(self, drawn: Tensor, tiles: Tensor) -> Tensor:
-        """(tiles, shared, m) the drawn groups of (I, J, b, b)."""
-        return self.by_group(tiles)[torch.arange(len(drawn)), drawn]
-
-    def spread(self, drawn: Tensor, groups: Tensor) -> Tensor:
-        """(I, J, b, b) zeros but for the drawn groups (tiles, shared, m)."""
-        g, m, b = self.pattern.shared, self.pattern.m, self.size
-        whole = torch.zeros(len(drawn), (b // g) * (b // m), g, m, dtype=groups.dtype)
-        whole[torch.arange(len(drawn)), drawn] = groups
-        return whole.view(-1, b // g, b // m, g, m).transpose(2, 3).reshape(self.core.shape)
-
     def _places(self) -> tuple[Tensor, Tensor]:
         """The tiles' rows and columns in the grid, in order."""
         high, wide = self.core.shape[:2]
         return torch.arange(high).repeat_interleave(wide), torch.arange(wide).repeat(high)
 
-    def _corners(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """The first row and column of a drawn group in its tile."""
-        wide = self.size // self.pattern.m
-        return drawn // wide * self.pattern.shared, drawn % wide * self.pattern.m
+    def _indices(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """(tiles, shared) rows and (tiles, m) columns of the drawn groups in their tiles."""
+        g, m = self.pattern.shared, self.pattern.m
+        wide = self.size // m
+        return (drawn // wide * g)[:, None] + torch.arange(g), (drawn % wide * m)[:, None] + torch.arange(m)
 
 
 def _tiles(matrix: Tensor, b: int) -> Tensor:
     """(rows / b, columns / b, b, b) of (rows, columns)."""
     rows, columns = matrix.shape
-    return matrix.reshape(rows // b, b, columns // b, b).transpose(1, 2)
+    return matrix.reshape(rows // b, b, columns // b, b).transpose(1, 2).contiguous()
 
 
 def _rows(tiles: Tensor) -> Tensor:

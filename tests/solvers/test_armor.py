@@ -79,9 +79,7 @@ def test_every_kind_of_move_changes_the_loss_by_what_it_says(pattern: Pattern) -
         fit.apply(chosen, move)
         assert fit.value() - before == pytest.approx(move.change, rel=1e-6, abs=1e-9 * before) and move.change <= 0
         assert bool((fit.core[~fit.mask] == 0).all())
-        gradient = fit.left[:, None].mT @ (fit.residual * fit.weights) @ fit.right.mT
-        torch.testing.assert_close(fit.gradient, gradient)
-        torch.testing.assert_close(fit.residual, fit.target - fit.left[:, None] @ fit.core @ fit.right)
+        torch.testing.assert_close(fit.gradient, fit.left[:, None].mT @ (fit.residual() * fit.weights) @ fit.right.mT)
 
 
 def test_masks_move() -> None:
