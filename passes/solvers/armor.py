@@ -28,6 +28,7 @@ from rewriter.passes.solvers.spectral import cholesky
 PROXIMAL = 1e-6  # relative ridge of the wrappers' systems; they move from where they are, so it costs no descent
 SWEEPS, GROUPS, STEPS = 60, 4, 4  # iterations; groups a tile and conjugate gradient steps in each
 GAIN = 1e-4  # of L; an iteration that gains less is the last
+FP64_WORK = 2**23  # multiply-adds of one wrapper's product above which all is in float32
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Wrapped:
 
     def dense(self) -> Tensor:
         """(rows, columns)."""
-        return _rows(self.left[:, None] @ _tiles(self.core, len(self.left[0])) @ self.right)
+        return wrapped(self.left, self.core, self.right)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Pattern:
 def armor(
     weight: Tensor, diagonal: Tensor, block: int, pattern: Pattern, rng: torch.Generator, sweeps: int = SWEEPS, gain: float = GAIN
 ) -> Wrapped:
-    """Fits a (rows, columns) weight for inputs of second moments `diagonal` (columns,), in float64.
+    """Fits a (rows, columns) weight for inputs of second moments `diagonal` (columns,); the factors are float64, or float32 where large.
 
     Raises ValueError where `block` does not divide rows and columns, or the pattern's m and shared the block.
     """
@@ -66,7 +67,8 @@ def armor(
             f"blocks of {block} with {pattern.n}:{pattern.m} in {pattern.shared} rows for a {rows} x {columns} weight; the block has to "
             f"divide both sides, {pattern.m} and {pattern.shared} the block"
         )
-    fit = _Armor(Normalised.of(weight.double()), diagonal.double(), block, pattern)
+    work = torch.float64 if weight.numel() * block <= FP64_WORK else torch.float32
+    fit = _Armor(Normalised.of(weight.to(work)), diagonal.to(work), block, pattern)
     moves = _Moves()
     program: list[Stage[Any, _Move]] = [
         Stage("wrappers", Cyclic(["left", "right"]), moves, 2),
@@ -75,7 +77,7 @@ def armor(
     ]
     found = minimise(fit, program, Stop(sweeps, rtol=gain), rng)
     left = fit.left * fit.given.rows.view(len(fit.left), block, 1)
-    return Wrapped(left, _rows(fit.core), fit.right * fit.given.columns.view(len(fit.right), 1, block), found.values)
+    return Wrapped(left, fit.core, fit.right * fit.given.columns.view(len(fit.right), 1, block), found.values)
 
 
 @dataclass(frozen=True)
@@ -95,35 +97,33 @@ class _Moves(AbstractUpdate[Any, _Move]):
 def _drawn(problem: Any, rng: torch.Generator) -> Tensor:
     """(tiles,) one group each, with probabilities as the gradient's absolute values on it; evenly where there is none."""
     assert isinstance(problem, _Armor)
-    steep = problem.by_group(problem.gradient.abs()).sum((-2, -1))
+    steep = problem.steepness()
     weights = torch.where(steep.sum(1, keepdim=True) > 0, steep, 1.0)
     return torch.multinomial(weights, 1, generator=rng)[:, 0]
 
 
 class _Armor(AbstractProblem[Any, _Move]):
-    """L by tiles. A block is "left", "right", "values", or the index of a group in every tile."""
+    """A block is "left", "right", "values", or the index of a group in every tile, tiles being counted row by row."""
 
     def __init__(self, given: Normalised, diagonal: Tensor, block: int, pattern: Pattern) -> None:
-        self.given, self.size, self.pattern = given, block, pattern
-        self.target = _tiles(given.core, block)  # (I, J, b, b)
-        self.weights = diagonal.view(-1, 1, block)  # (J, 1, b) d
+        self.given, self.size, self.pattern, self.weights = given, block, pattern, diagonal
+        self.high, self.wide = (n // block for n in given.core.shape)
         scores = given.core.square() * diagonal
         grouped = scores.view(-1, pattern.shared, scores.shape[1]).sum(1)
-        mask = kept(grouped, pattern.n, pattern.m).repeat_interleave(pattern.shared, 0)
-        self.core = _tiles(given.core * mask, block)
-        self.mask = _tiles(mask, block)
-        self.left, self.right = (torch.eye(block, dtype=torch.float64).repeat(k, 1, 1) for k in self.core.shape[:2])
+        self.mask = kept(grouped, pattern.n, pattern.m).repeat_interleave(pattern.shared, 0)
+        self.core = given.core * self.mask
+        self.left, self.right = (torch.eye(block, dtype=given.core.dtype).repeat(k, 1, 1) for k in (self.high, self.wide))
         self._refresh()
 
     def _refresh(self) -> None:
-        """What the wrappers change: P, Q, R and G."""
+        """What the wrappers change: P, Q and G."""
         self.across = self.left.mT @ self.left  # (I, b, b) P
-        self.along = (self.right * self.weights) @ self.right.mT  # (J, b, b) Q
-        self.gradient = self.left[:, None].mT @ (self.residual() * self.weights) @ self.right.mT  # (I, J, b, b) G
+        self.along = (self.right * self.weights.view(self.wide, 1, -1)) @ self.right.mT  # (J, b, b) Q
+        self.gradient = wrapped(self.left.mT, self.residual() * self.weights, self.right.mT)  # (rows, columns) G
 
     def residual(self) -> Tensor:
-        """(I, J, b, b) R."""
-        return self.target - self.left[:, None] @ self.core @ self.right
+        """(rows, columns) R."""
+        return self.given.core - wrapped(self.left, self.core, self.right)
 
     def value(self) -> float:
         return float((self.residual().square() * self.weights).sum())
@@ -136,83 +136,87 @@ class _Armor(AbstractProblem[Any, _Move]):
             self._apply_groups(block, move.step)
         elif block == "values":
             self.core = self.core + move.step
-            self.gradient = self.gradient - self.across[:, None] @ move.step @ self.along
+            self.gradient = self.gradient - wrapped(self.across, move.step, self.along)
         else:
             setattr(self, block, getattr(self, block) + move.step)
             self._refresh()
 
     def _apply_groups(self, drawn: Tensor, step: Tensor) -> None:
         """G changes by a product of rank `shared` in every tile."""
-        (i, j), (rows, columns) = self._places(), self._indices(drawn)
-        tile = torch.arange(len(drawn))[:, None, None]
-        entries = tile, rows[:, :, None], columns[:, None, :]
-        core, mask, gradient = (t.view(-1, self.size, self.size) for t in (self.core, self.mask, self.gradient))  # changed in place
-        core[entries] += step
-        mask[entries] = (core[entries] != 0).any(1, keepdim=True).expand(step.shape)
-        every = torch.arange(self.size)
+        (i, j, rows, columns), every = self._places(drawn), torch.arange(self.size)
+        here = (i[:, None, None] * self.size + rows[:, :, None], j[:, None, None] * self.size + columns[:, None, :])
+        self.core[here] += step
+        self.mask[here] = (self.core[here] != 0).any(1, keepdim=True).expand(step.shape)
         p = self.across[i[:, None, None], every[:, None], rows[:, None, :]]  # (tiles, b, shared)
         q = self.along[j[:, None, None], columns[:, :, None], every]  # (tiles, m, b)
-        gradient.baddbmm_(p, step @ q, alpha=-1)
+        grid = self.gradient.view(self.high, self.size, self.wide, self.size).transpose(1, 2)
+        grid -= (p @ (step @ q)).view(self.high, self.wide, self.size, self.size)
 
     def move_left(self) -> _Move:
-        z = self.core @ self.right
-        gram, slope = ((other * self.weights @ z.mT).sum(1) for other in (z, self.residual()))
+        z = _by_right(self.core, self.right).view(self.high, self.size, -1)
+        gram, slope = ((other * self.weights).view(z.shape) @ z.mT for other in (z.view(self.core.shape), self.residual()))  # (I, b, b)
         step = torch.cholesky_solve(slope.mT, cholesky(gram, PROXIMAL)).mT
         return _Move(float(((step @ gram) * step).sum() - 2 * (step * slope).sum()), step)
 
     def move_right(self) -> _Move:
-        y = self.left[:, None] @ self.core
-        gram, slope = ((y.mT @ other).sum(0) for other in (y, self.residual()))
+        y, r = (x.view(-1, self.wide, self.size).transpose(0, 1) for x in (_by_left(self.left, self.core), self.residual()))
+        gram, slope = y.mT @ y, y.mT @ r  # (J, b, b)
         step = torch.cholesky_solve(slope, cholesky(gram, PROXIMAL))
-        return _Move(float((((gram @ step - 2 * slope) * step) * self.weights).sum()), step)
+        return _Move(float((((gram @ step - 2 * slope) * step) * self.weights.view(self.wide, 1, -1)).sum()), step)
 
     def move_values(self) -> _Move:
-        shape = self.core.shape
+        """Tiles are systems of their own, so each has its own step lengths."""
 
         def times(v: Tensor) -> Tensor:
-            return (self.mask * (self.across[:, None] @ v.view(shape) @ self.along)).flatten(2)
+            return self._tiled(self.mask * wrapped(self.across, self._whole(v), self.along))
 
-        scale = self.across.diagonal(dim1=1, dim2=2)[:, None, :, None] * self.along.diagonal(dim1=1, dim2=2)[None, :, None, :]
-        inverse = torch.where(scale > 0, 1 / scale, 0.0).flatten(2)
-        right = (self.mask * self.gradient).flatten(2)
-        step = conjugate(times, right, inverse, STEPS)
-        return _Move(float(((times(step) - 2 * right) * step).sum()), step.view(shape))
+        across, along = (t.diagonal(dim1=1, dim2=2).flatten() for t in (self.across, self.along))
+        scale = torch.outer(across, along)
+        right = self._tiled(self.mask * self.gradient)
+        step = conjugate(times, right, self._tiled(torch.where(scale > 0, 1 / scale, 0.0)), STEPS)
+        return _Move(float(((times(step) - 2 * right) * step).sum()), self._whole(step))
 
     def move_groups(self, drawn: Tensor) -> _Move:
-        (i, j), (rows, columns) = self._places(), self._indices(drawn)
-        tile = torch.arange(len(drawn))[:, None, None]
+        i, j, rows, columns = self._places(drawn)
+        here = (i[:, None, None] * self.size + rows[:, :, None], j[:, None, None] * self.size + columns[:, None, :])
         p = self.across[i[:, None, None], rows[:, :, None], rows[:, None, :]]
         q = self.along[j[:, None, None], columns[:, :, None], columns[:, None, :]]
-        x, slope = (t.flatten(0, 1)[tile, rows[:, :, None], columns[:, None, :]] for t in (self.core, self.gradient))
-        right = p @ x @ q + slope
+        x = self.core[here]
+        right = p @ x @ q + self.gradient[here]
         z, gain = best_support(p, q, right, self.pattern.n)
         before = (((p @ x @ q) * x).sum((-2, -1)) - 2 * (right * x).sum((-2, -1))).sum()
         return _Move(float(-2 * gain.sum() - before), z - x)
 
-    def by_group(self, tiles: Tensor) -> Tensor:
-        """(tiles, groups, shared, m) of (I, J, b, b)."""
-        g, m, b = self.pattern.shared, self.pattern.m, self.size
-        return tiles.reshape(-1, b // g, g, b // m, m).transpose(2, 3).reshape(-1, (b // g) * (b // m), g, m)
+    def steepness(self) -> Tensor:
+        """(tiles, groups) the sum of |G| over each group."""
+        b, g, m = self.size, self.pattern.shared, self.pattern.m
+        sums = self.gradient.abs().view(self.high, b // g, g, self.wide, b // m, m).sum((2, 5))
+        return sums.transpose(1, 2).reshape(self.high * self.wide, -1)
 
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """The tiles' rows and columns in the grid, in order."""
-        high, wide = self.core.shape[:2]
-        return torch.arange(high).repeat_interleave(wide), torch.arange(wide).repeat(high)
-
-    def _indices(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """(tiles, shared) rows and (tiles, m) columns of the drawn groups in their tiles."""
+    def _places(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each tile's row and column in the grid, and (tiles, shared) rows and (tiles, m) columns of its drawn group."""
         g, m = self.pattern.shared, self.pattern.m
-        wide = self.size // m
-        return (drawn // wide * g)[:, None] + torch.arange(g), (drawn % wide * m)[:, None] + torch.arange(m)
+        tile, across = torch.arange(len(drawn)), self.size // m
+        rows, columns = (drawn // across * g)[:, None] + torch.arange(g), (drawn % across * m)[:, None] + torch.arange(m)
+        return tile // self.wide, tile % self.wide, rows, columns
+
+    def _tiled(self, matrix: Tensor) -> Tensor:
+        """(I, J, b b) of (rows, columns)."""
+        return matrix.view(self.high, self.size, self.wide, self.size).transpose(1, 2).flatten(2)
+
+    def _whole(self, tiles: Tensor) -> Tensor:
+        """The inverse of `_tiled`."""
+        return tiles.view(self.high, self.wide, self.size, self.size).transpose(1, 2).reshape(self.core.shape)
 
 
-def _tiles(matrix: Tensor, b: int) -> Tensor:
-    """(rows / b, columns / b, b, b) of (rows, columns)."""
-    rows, columns = matrix.shape
-    return matrix.reshape(rows // b, b, columns // b, b).transpose(1, 2).contiguous()
+def wrapped(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
+    """diag(left) core diag(right), (rows, columns), for blocks (I, b, b) and (J, b, b)."""
+    return _by_right(_by_left(left, core), right)
 
 
-def _rows(tiles: Tensor) -> Tensor:
-    """The inverse of `_tiles`."""
-    high, wide, b, _ = tiles.shape
-    return tiles.transpose(1, 2).reshape(high * b, wide * b)
+def _by_left(left: Tensor, core: Tensor) -> Tensor:
+    return (left @ core.view(len(left), left.shape[1], -1)).view(core.shape)
+
+
+def _by_right(core: Tensor, right: Tensor) -> Tensor:
+    return (core.view(len(core), len(right), -1).transpose(0, 1) @ right).transpose(0, 1).reshape(core.shape)

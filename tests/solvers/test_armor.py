@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rewriter.passes.solvers import armor as solver
 from rewriter.passes.solvers import pruning
-from rewriter.passes.solvers.armor import Pattern, Wrapped, _Armor, _drawn, _Moves, armor
+from rewriter.passes.solvers.armor import Pattern, Wrapped, _Armor, _drawn, _Moves, armor, wrapped
 from rewriter.passes.solvers.pruning import Normalised
 from rewriter.tolerances import EQUAL, EXACT
 
@@ -51,6 +52,16 @@ def test_the_loss_falls_and_is_true(pattern: Pattern) -> None:
     assert loss(weight, found.dense(), diagonal) == pytest.approx(found.losses[-1], rel=EXACT[torch.float64] * 1e3)
 
 
+def test_single_precision_costs_nothing_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, diagonal, exact = fitted(Pattern())
+    monkeypatch.setattr(solver, "FP64_WORK", 0)
+    _, _, single = fitted(Pattern())
+    assert single.core.dtype == torch.float32 and all(b <= a for a, b in itertools.pairwise(single.losses))
+    rounding = EQUAL[torch.float32][0] * single.losses[0]
+    assert loss(weight, single.dense().double(), diagonal) == pytest.approx(single.losses[-1], abs=rounding)
+    assert single.losses[-1] == pytest.approx(exact.losses[-1], rel=0.05)  # other draws at ties of rounding
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_pattern_is_kept(pattern: Pattern) -> None:
     _, _, found = fitted(pattern)
@@ -79,7 +90,7 @@ def test_every_kind_of_move_changes_the_loss_by_what_it_says(pattern: Pattern) -
         fit.apply(chosen, move)
         assert fit.value() - before == pytest.approx(move.change, rel=1e-6, abs=1e-9 * before) and move.change <= 0
         assert bool((fit.core[~fit.mask] == 0).all())
-        torch.testing.assert_close(fit.gradient, fit.left[:, None].mT @ (fit.residual() * fit.weights) @ fit.right.mT)
+        torch.testing.assert_close(fit.gradient, wrapped(fit.left.mT, fit.residual() * fit.weights, fit.right.mT))
 
 
 def test_masks_move() -> None:
@@ -94,11 +105,14 @@ def test_a_drawn_group_follows_the_gradient() -> None:
     weight, second = case()
     fit = _Armor(Normalised.of(weight), second.diagonal(), BLOCK, Pattern())
     fit.gradient = torch.zeros_like(fit.gradient)
-    fit.gradient[0, 0, 3, 5] = 1.0  # row 3, second group of its row
+    fit.gradient[BLOCK + 3, BLOCK + 5] = 1.0  # in the tile of row 1 and column 1: row 3, second group of its row
     drawn = _drawn(fit, rng())
-    assert int(drawn[0]) == 3 * (BLOCK // 4) + 1
-    taken = fit.by_group(fit.gradient)[0, drawn[0]]
-    assert taken.tolist() == [[0.0, 1.0, 0.0, 0.0]]
+    assert int(drawn[COLUMNS // BLOCK + 1]) == 3 * (BLOCK // 4) + 1
+
+
+def test_wrapping_is_a_product_with_block_diagonal_matrices() -> None:
+    left, core, right = (torch.randn(*shape, generator=rng(i)) for i, shape in enumerate(((3, 4, 4), (12, 8), (2, 4, 4))))
+    torch.testing.assert_close(wrapped(left, core, right), torch.block_diag(*left) @ core @ torch.block_diag(*right))
 
 
 def test_wrappers_that_were_planted_are_approached() -> None:
