@@ -1,7 +1,8 @@
 """What counts as equal and as exact: |a - b| <= atol + rtol |b|, and |W - W'|_F <= EXACT |W|_F. One table, by dtype.
 
 EQUAL compares two ways to compute one product (a backend against the eager oracle). EXACT is the relative Frobenius residual that storing
-a structured weight densely leaves behind: rounding of the entries, and of the factors' product.
+a structured weight densely leaves behind: rounding of the entries, and of the factors' product. CONVERGED is the relative distance of an
+iterative solver from the optimum that it was given the steps to reach.
 """
 
 from __future__ import annotations
@@ -21,3 +22,5 @@ EXACT: dict[torch.dtype, float] = {  # relative Frobenius residual at rounding l
     torch.float16: 6e-4,
     torch.bfloat16: 4e-3,
 }
+
+CONVERGED: dict[torch.dtype, float] = {torch.float64: 1e-8}

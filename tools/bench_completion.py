@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rewriter.passes.solvers.weighted_low_rank import INNER, ROUNDS, Completed, complete
+from rewriter.timing import Timing
 
 REPEATS = 5
 CASES = (
@@ -46,24 +48,17 @@ def timed(target: Tensor, weights: Tensor, rank: int, inner: int, rounds: int = 
     return time.process_time() - begun, found
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    return float(torch.tensor(values).quantile(q))
-
-
 def compared(size: int, rank: int, share: float) -> list[str]:
     target, weights = problem(size, rank, share)
-    pairs, ends = [], (0.0, 0.0)
-    for _ in range(REPEATS):
-        (exact, a), (inexact, b) = timed(target, weights, rank, 0), timed(target, weights, rank, INNER)
-        pairs.append((exact, inexact))
-        ends = a.losses[-1], b.losses[-1]
-    if not ends[1] <= 1.01 * ends[0]:
-        sys.exit(f"{size} x {size}, rank {rank}: a loss of {ends[1]:.4g} where exact half-steps reach {ends[0]:.4g}")
-    ratios = [a / b for a, b in pairs]
-    spread = f"{quantile(ratios, 0.5):.1f}x ({quantile(ratios, 0.1):.1f}-{quantile(ratios, 0.9):.1f})"
+    runs = [(timed(target, weights, rank, 0), timed(target, weights, rank, INNER)) for _ in range(REPEATS)]
+    (_, exact), (_, inexact) = runs[-1]
+    if not inexact.losses[-1] <= 1.01 * exact.losses[-1]:
+        sys.exit(f"{size} x {size}, rank {rank}: a loss of {inexact.losses[-1]:.4g} where exact half-steps reach {exact.losses[-1]:.4g}")
+    timing = Timing(tuple(tuple(run[which][0] for run in runs) for which in (0, 1)))
+    low, middle, high = timing.ratio(0, 1)
     scale = float((weights * target.square()).sum())
-    errors = (f"{math.sqrt(end / scale):.5f}" for end in ends)
-    return [f"{quantile([p[0] for p in pairs], 0.5):.2f}", f"{quantile([p[1] for p in pairs], 0.5):.2f}", spread, *errors]
+    errors = (f"{math.sqrt(found.losses[-1] / scale):.5f}" for found in (exact, inexact))
+    return [f"{timing.seconds(0):.2f}", f"{timing.seconds(1):.2f}", f"{middle:.1f}x ({low:.1f}-{high:.1f})", *errors]
 
 
 def per_round(rank: int, share: float) -> float:
@@ -73,7 +68,7 @@ def per_round(rank: int, share: float) -> float:
     for _ in range(3):
         few, many = (timed(target, weights, rank, INNER, rounds)[0] for rounds in (2, 12))
         found.append((many - few) / 10)
-    return quantile(found, 0.5)
+    return median(found)
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

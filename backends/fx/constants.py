@@ -114,11 +114,7 @@ class Constants:
     def root(self, value: Node) -> str:
         """The stored parameter behind a constant value; the largest where several go in; without one, the largest that is made."""
         index = self._index_of(value)
-        return self._name(index, index.roots[value])
-
-    @staticmethod
-    def _name(index: _Index, root: Node) -> str:
-        return index.stored.get(root, root.name)
+        return index.stored.get(index.roots[value], index.roots[value].name)
 
     def outermost(self, value: Node) -> Node:
         """The caller's operand that a nested placeholder is bound to, through every body between; else the value itself."""
@@ -127,9 +123,10 @@ class Constants:
             value = outer[value]
         return value
 
-    def users(self, name: str) -> Sequence[tuple[Node, Node]]:
-        """(node, operand) wherever the parameter is used under any tied name, seen through constant operations and nested bodies."""
-        return self._index.users.get(self._memory(name), [])
+    def users(self, value: Node) -> Sequence[tuple[Node, Node]]:
+        """(node, operand) wherever what is behind a constant value is used, under any tied name, through constant operations and bodies."""
+        index = self._index
+        return index.users.get(self._origin(index, index.roots[value]), [])
 
     def load(self, value: Node) -> Tensor:
         """The tensor of a constant value: what it is computed from first, each once."""
@@ -157,8 +154,11 @@ class Constants:
 
     def _memory(self, name: str) -> object:
         """Where a parameter begins: tied names begin at one address, also as views of another shape."""
-        kept = name in self.program.state_dict or name in self.program.constants
-        return (self._stored(name).data_ptr() if kept else 0) or name
+        return self._stored(name).data_ptr() or name
+
+    def _origin(self, index: _Index, root: Node) -> object:
+        """What is the same for all that one tensor is behind: its memory, or the node that makes it, as bodies use one name twice."""
+        return self._memory(index.stored[root]) if root in index.stored else root
 
     def _walk(self) -> _Index:
         index = _Index()
@@ -190,7 +190,7 @@ class Constants:
         return index
 
     def _note_users(self, index: _Index, origins: dict[Node, frozenset[Node]]) -> None:
-        memory = {n: self._memory(self._name(index, n)) for behind in origins.values() for n in behind}
+        memory = {n: self._origin(index, n) for behind in origins.values() for n in behind}
         for value, behind in origins.items():
             for user in value.users:
                 if user in origins or (isinstance(user.target, torch._ops.HigherOrderOperator) and value in operands(user)):

@@ -126,7 +126,7 @@ class FxGraph:
         return self.constants.root(value)
 
     def storage_users(self, value: Node) -> Sequence[tuple[Node, Node]]:
-        return self.constants.users(self.constants.root(value))
+        return self.constants.users(value)
 
     def operator(self, node: Node) -> AbstractOperator | None:
         if node.target not in (SITE, MAP):

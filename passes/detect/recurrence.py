@@ -99,7 +99,10 @@ def _read(step: Step, rng: torch.Generator) -> Reading | NoMatch:
         if isinstance(found, Reading):
             return found
         refusals.append(found)
-    return refusals[-1] if state.dim() > 2 else refusals[refusals[0].reason in (CHANGES, UNPROBED)]
+    if state.dim() > 2:
+        return refusals[-1]
+    first, second = refusals[:2]
+    return second if first.reason in (CHANGES, UNPROBED) else first
 
 
 def _affine(step: Step, rng: torch.Generator) -> bool:

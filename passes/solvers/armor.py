@@ -143,12 +143,11 @@ class _Armor(AbstractProblem[Any, _Move]):
 
     def _apply_groups(self, drawn: Tensor, step: Tensor) -> None:
         """G changes by a product of rank `shared` in every tile."""
-        (i, j, rows, columns), every = self._places(drawn), torch.arange(self.size)
-        here = (i[:, None, None] * self.size + rows[:, :, None], j[:, None, None] * self.size + columns[:, None, :])
+        (i, j, rows, columns, here), every = self._places(drawn), torch.arange(self.size)
         self.core[here] += step
         self.mask[here] = (self.core[here] != 0).any(1, keepdim=True).expand(step.shape)
-        p = self.across[i[:, None, None], every[:, None], rows[:, None, :]]  # (tiles, b, shared)
-        q = self.along[j[:, None, None], columns[:, :, None], every]  # (tiles, m, b)
+        p = self.across[i, every[:, None], rows.mT]  # (tiles, b, shared)
+        q = self.along[j, columns.mT, every]  # (tiles, m, b)
         grid = self.gradient.view(self.high, self.size, self.wide, self.size).transpose(1, 2)
         grid -= (p @ (step @ q)).view(self.high, self.wide, self.size, self.size)
 
@@ -177,10 +176,8 @@ class _Armor(AbstractProblem[Any, _Move]):
         return _Move(float(((times(step) - 2 * right) * step).sum()), self._whole(step))
 
     def move_groups(self, drawn: Tensor) -> _Move:
-        i, j, rows, columns = self._places(drawn)
-        here = (i[:, None, None] * self.size + rows[:, :, None], j[:, None, None] * self.size + columns[:, None, :])
-        p = self.across[i[:, None, None], rows[:, :, None], rows[:, None, :]]
-        q = self.along[j[:, None, None], columns[:, :, None], columns[:, None, :]]
+        i, j, rows, columns, here = self._places(drawn)
+        p, q = self.across[i, rows, rows.mT], self.along[j, columns.mT, columns]
         x = self.core[here]
         right = p @ x @ q + self.gradient[here]
         z, gain = best_support(p, q, right, self.pattern.n)
@@ -193,12 +190,14 @@ class _Armor(AbstractProblem[Any, _Move]):
         sums = self.gradient.abs().view(self.high, b // g, g, self.wide, b // m, m).sum((2, 5))
         return sums.transpose(1, 2).reshape(self.high * self.wide, -1)
 
-    def _places(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Each tile's row and column in the grid, and (tiles, shared) rows and (tiles, m) columns of its drawn group."""
-        g, m = self.pattern.shared, self.pattern.m
-        tile, across = torch.arange(len(drawn)), self.size // m
-        rows, columns = (drawn // across * g)[:, None] + torch.arange(g), (drawn % across * m)[:, None] + torch.arange(m)
-        return tile // self.wide, tile % self.wide, rows, columns
+    def _places(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Each tile's row and column in the grid (tiles, 1, 1), its drawn group's rows (tiles, shared, 1) and columns (tiles, 1, m) in the
+        tile, and the index of these entries in the matrix."""
+        g, m, across = self.pattern.shared, self.pattern.m, self.size // self.pattern.m
+        tile, drawn = torch.arange(len(drawn)).view(-1, 1, 1), drawn.view(-1, 1, 1)
+        i, j = tile // self.wide, tile % self.wide
+        rows, columns = drawn // across * g + torch.arange(g).view(-1, 1), drawn % across * m + torch.arange(m)
+        return i, j, rows, columns, (i * self.size + rows, j * self.size + columns)
 
     def _tiled(self, matrix: Tensor) -> Tensor:
         """(I, J, b b) of (rows, columns)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewriter.passes.solvers.spectral import cholesky
+from rewriter.passes.solvers.spectral import cholesky, ridged
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in SparseGPT
 
@@ -60,9 +60,7 @@ def nowag(weight: Tensor, diagonal: Tensor, n: int, m: int) -> Tensor:
 def sparsegpt(weight: Tensor, second: Tensor, n: int, m: int) -> Tensor:
     """The pruned weight for inputs of second moments (columns, columns), the kept numbers changed to make up for the others."""
     kept(weight, n, m)  # refuses what does not divide
-    h = second.double()
-    h = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(cholesky(h, 0.0)), upper=True)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(cholesky(ridged(second, DAMPING), 0.0)), upper=True)
     w = weight.double().clone()
     for begin in range(0, w.shape[1], m):
         group = slice(begin, begin + m)

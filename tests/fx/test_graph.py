@@ -129,6 +129,18 @@ def test_what_is_made_of_nothing_is_a_constant(made: Callable[[Tensor], Tensor],
         assert g.stored_name(value) in ("eye", "ones")
 
 
+def test_what_is_made_under_a_stored_name_is_another_tensor() -> None:
+    """Also where two bodies make theirs under one name."""
+
+    def nested(s: Any, x: Tensor) -> Tensor:
+        inner: Tensor = torch.cond(x.sum() > 0, lambda x: x @ torch.ones(8, 8), lambda x: x * torch.ones(8, 8)[0], (x,))
+        return inner @ s.ones @ torch.ones(8, 8)
+
+    g = graph(Net(nested, ones=W), X)
+    weights = [g.inputs(node)[1] for node in g.nodes() if g.op(node) == "matmul"]
+    assert len(weights) == 3 and all(len(g.storage_users(weight)) == 1 for weight in weights)
+
+
 def test_the_stored_name_is_the_largest_parameters() -> None:
     g = graph(Net(lambda s, x: F.linear(x, s.scale * s.w), scale=normal(1), w=W), X)
     assert g.stored_name(g.inputs(find(g, "linear"))[1]) == "w"

@@ -16,10 +16,11 @@ from rewriter.passes.solvers.bcd.engine import AbstractProblem, AbstractSelectio
 from rewriter.passes.solvers.bcd.selection import Custom, Cyclic, Greedy, Permuted, Random, Top
 from rewriter.passes.solvers.bcd.smooth import AbstractSmooth, LeastSquares, Logistic, Quadratic
 from rewriter.passes.solvers.bcd.update import PCG, Gradient, Newton, TwoMetric
-from rewriter.tolerances import EQUAL
+from rewriter.tolerances import CONVERGED, EQUAL, EXACT
 
 ROWS, SIZE, BLOCK = 30, 20, 4
 RTOL, ATOL = EQUAL[torch.float64]
+REACHED, ROUNDING = CONVERGED[torch.float64], EXACT[torch.float64]
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -76,7 +77,7 @@ def test_a_change_is_what_the_value_changes_by(problem: str) -> None:
         move = normal(BLOCK, seed=seed)
         before, said = f.value(), f.change(block, move)
         f.apply(block, move)
-        assert f.value() - before == pytest.approx(said, rel=1e-9)
+        assert f.value() - before == pytest.approx(said, rel=RTOL, abs=ATOL)
         torch.testing.assert_close(f.slope(block), f.gradient()[block])
 
 
@@ -108,7 +109,7 @@ def test_every_rule_descends_on_every_problem(problem: str, select: str, update:
     f = PROBLEMS[problem]()
     found = run(f, SELECTIONS[select], UPDATES[update], 30)
     assert all(b <= a for a, b in itertools.pairwise(found.values))
-    assert found.value == pytest.approx(f.value(), rel=1e-9)
+    assert found.value == pytest.approx(f.value(), rel=RTOL, abs=ATOL)
     whole = PROBLEMS[problem]()
     best = run(whole, Cyclic([torch.arange(SIZE)]), Newton(), 30).value
     assert found.value - best < 0.4 * (found.values[0] - best)
@@ -124,8 +125,8 @@ def test_logistic_regression_reaches_scipys_optimum(update: str) -> None:
     def value(x: Any) -> float:
         return float(f.losses(f.a @ torch.from_numpy(x)).sum() + f.ridge / 2 * (x @ x))
 
-    oracle = scipy.optimize.minimize(value, torch.zeros(SIZE, dtype=torch.float64).numpy(), tol=1e-12)
-    assert found.value == pytest.approx(oracle.fun, rel=1e-7)
+    oracle = scipy.optimize.minimize(value, torch.zeros(SIZE, dtype=torch.float64).numpy(), tol=ROUNDING)
+    assert found.value == pytest.approx(oracle.fun, rel=REACHED)
 
 
 @pytest.mark.parametrize(("update", "steps"), [("gradient", 3000), ("search", 1000), ("two metrics", 100)])
@@ -134,7 +135,7 @@ def test_bounds_are_kept_and_nonnegative_least_squares_is_scipys(update: str, st
     found = run(f, Top(BLOCK), UPDATES[update], steps)
     oracle, _ = scipy.optimize.nnls(f.a.numpy(), f.b.numpy())
     assert bool((f.x >= 0).all())
-    assert found.value == pytest.approx(float(f.losses(f.a @ torch.from_numpy(oracle)).sum()), rel=1e-7)
+    assert found.value == pytest.approx(float(f.losses(f.a @ torch.from_numpy(oracle)).sum()), rel=REACHED)
     assert found.ended in ("stuck", "iterations")
 
 
@@ -143,7 +144,7 @@ def test_an_l1_term_on_nonnegative_numbers_is_the_lasso() -> None:
     run(f, Top(BLOCK), TwoMetric(), 300)
     slope = f.gradient()
     assert 0 < int((f.x == 0).sum()) < SIZE
-    assert float(slope[f.x > 0].abs().max()) < 1e-8 and bool((slope[f.x == 0] >= -1e-8).all())  # optimality
+    assert float(slope[f.x > 0].abs().max()) < REACHED and bool((slope[f.x == 0] >= -REACHED).all())  # optimality
 
 
 class Away(AbstractUpdate[Tensor, Tensor]):
@@ -179,7 +180,7 @@ def test_how_a_descent_ended_is_said() -> None:
         return minimise(quadratic(), [Stage("", select or Cyclic(FIXED), Newton())], stop, rng()).ended
 
     assert ended(Stop(3)) == "iterations"
-    assert ended(Stop(1000, rtol=1e-12, patience=len(FIXED))) == "settled"
+    assert ended(Stop(1000, rtol=ROUNDING, patience=len(FIXED))) == "settled"
     assert ended(Stop(1000, value=-0.1)) == "reached"
     assert ended(Stop(1000, seconds=0.0)) == "seconds"
     assert ended(Stop(1000), Custom(lambda problem, generator: None)) == "stuck"
@@ -189,7 +190,7 @@ def test_how_a_descent_ended_is_said() -> None:
 
 
 def test_patience_waits_for_flat_iterations_in_a_row() -> None:
-    flat = minimise(quadratic(), [Stage("", Cyclic(FIXED), Away(1.0))], Stop(100, rtol=1e-3, patience=5), rng())
+    flat = minimise(quadratic(), [Stage("", Cyclic(FIXED), Away(1.0))], Stop(100, rtol=ROUNDING, patience=5), rng())
     assert flat.ended == "settled" and len(flat.values) == 6
 
 
@@ -206,7 +207,7 @@ def test_a_gradient_step_falls_as_its_bound_promises(problem: str) -> None:
 def test_an_exact_update_leaves_a_block_no_slope(update: AbstractUpdate[Tensor, Tensor]) -> None:
     f = least_squares()
     f.apply(FIXED[1], update.propose(f, FIXED[1]))
-    torch.testing.assert_close(f.slope(FIXED[1]), torch.zeros(BLOCK, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(f.slope(FIXED[1]), torch.zeros(BLOCK, dtype=torch.float64), rtol=RTOL, atol=ATOL)
 
 
 def test_a_singular_block_still_moves() -> None:
@@ -245,6 +246,6 @@ def test_a_problem_of_ones_own_needs_three_methods() -> None:
 
     problem = RankOne()
     program: list[Stage[str, Any]] = [Stage("als", Cyclic(["u", "v"]), Alternate(), 2)]
-    found = minimise(problem, program, Stop(200, rtol=1e-13), rng())
+    found = minimise(problem, program, Stop(200, rtol=ROUNDING), rng())
     assert found.ended == "settled"
-    assert found.value == pytest.approx(float(torch.linalg.svdvals(problem.target)[1:].square().sum()), rel=1e-6)
+    assert found.value == pytest.approx(float(torch.linalg.svdvals(problem.target)[1:].square().sum()), rel=REACHED)

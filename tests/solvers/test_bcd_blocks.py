@@ -19,7 +19,8 @@ from rewriter.passes.solvers.bcd.selection import Cyclic, Greedy, Permuted, Rand
 from rewriter.passes.solvers.bcd.smooth import AbstractSmooth, LeastSquares, Quadratic
 from rewriter.passes.solvers.bcd.supports import best_support, supports
 from rewriter.passes.solvers.bcd.update import Forest, Newton, Support
-from tests.solvers.test_bcd import BLOCK, FIXED, ROWS, SIZE, normal, quadratic, rng, run
+from rewriter.tolerances import CONVERGED
+from tests.solvers.test_bcd import ATOL, BLOCK, FIXED, ROWS, RTOL, SIZE, normal, quadratic, rng, run
 
 
 def on_a_graph(graph: networkx.Graph, seed: int = 0) -> Quadratic:
@@ -82,7 +83,7 @@ def test_the_score_of_the_bound_picks_the_block_that_gains_most(seed: int) -> No
     assert first(Greedy(FIXED, "gsq"), f) == [best.tolist()]
     free = max((torch.tensor(c) for c in itertools.combinations(range(SIZE), 2)), key=lambda b: gain(f, b))
     gains = {score: gain(f, torch.tensor(first(Top(2, score), f)[0])) for score in SCORES}
-    assert max(gains.values()) <= gain(f, free) * (1 + 1e-9)
+    assert max(gains.values()) <= gain(f, free) * (1 + RTOL)
     assert gains["gsq"] >= 0.8 * gain(f, free) and gains["gsq"] >= gains["gs"] * 0.8
 
 
@@ -114,7 +115,7 @@ def test_messages_on_a_forest_are_a_dense_solve(n: int, seed: int) -> None:
     tree = networkx.random_labeled_tree(n, seed=seed)
     tree.remove_edges_from([e for i, e in enumerate(list(tree.edges)) if i % 4 == 3])  # several trees
     f = on_a_graph(tree, seed)
-    torch.testing.assert_close(solve_forest(f.h, f.c), torch.linalg.solve(f.h, f.c), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(solve_forest(f.h, f.c), torch.linalg.solve(f.h, f.c), rtol=RTOL, atol=ATOL)
 
 
 def test_a_cycle_is_refused() -> None:
@@ -133,7 +134,7 @@ def test_forests_are_induced_maximal_and_everything_is_in_one(seed: int) -> None
         assert networkx.is_forest(graph.subgraph(nodes))
     assert all(not networkx.is_forest(graph.subgraph([*greedy, other])) for other in set(graph) - set(greedy))
     found = run(f, TopForest(graph), Forest(), 1000)
-    assert found.value == pytest.approx(float(-f.c @ torch.linalg.solve(f.h, f.c)) / 2, rel=1e-6)
+    assert found.value == pytest.approx(float(-f.c @ torch.linalg.solve(f.h, f.c)) / 2, rel=CONVERGED[torch.float64])
 
 
 @pytest.mark.parametrize("g", [1, 3])
@@ -151,8 +152,8 @@ def test_the_best_support_is_the_exhaustive_one(n: int, m: int, g: int) -> None:
             right = r[i].flatten()[index]
             tried.append(float(right @ torch.linalg.solve(whole[index][:, index], right)) / 2)
         flat = z[i].flatten()
-        assert float(gains[i]) == pytest.approx(max(tried), rel=1e-9)
-        assert float(r[i].flatten() @ flat - flat @ whole @ flat / 2) == pytest.approx(max(tried), rel=1e-9)
+        assert float(gains[i]) == pytest.approx(max(tried), rel=RTOL)
+        assert float(r[i].flatten() @ flat - flat @ whole @ flat / 2) == pytest.approx(max(tried), rel=RTOL)
 
 
 def test_a_support_of_a_singular_group_is_finite() -> None:

@@ -27,7 +27,7 @@ class AbstractProblem(abc.ABC, Generic[B, D]):
 
     @abc.abstractmethod
     def value(self) -> float:
-        """f now, from scratch."""
+        """f now."""
 
     @abc.abstractmethod
     def change(self, block: B, move: D) -> float:

@@ -1,4 +1,4 @@
-"""H d = r where the graph of H's off-diagonal entries is a forest, by passing messages to the roots and back: no fill, linear in its nodes.
+"""H d = r where the graph of H's off-diagonal entries is a forest, by passing messages to the roots and back: linear in its edges.
 
     to the parent p of i:  h_pp -= h_ip^2 / h_ii,  r_p -= h_ip r_i / h_ii        back:  d_i = (r_i - h_ip d_p) / h_ii
 

@@ -111,7 +111,7 @@ class Top(AbstractSelection[Tensor]):
 
 @dataclass(frozen=True)
 class TopForest(AbstractSelection[Tensor]):
-    """Coordinates by falling GSD score, each left out that would close a cycle: the largest block that one pass of messages solves."""
+    """Coordinates by falling GSD score, each left out that would close a cycle: no forest holds this one and more."""
 
     graph: networkx.Graph
 

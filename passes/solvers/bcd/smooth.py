@@ -134,10 +134,10 @@ class Logistic(_Linear):
 
 
 class Quadratic(AbstractSmooth):
-    """f(x) = x^T H x / 2 - c . x with H (n, n) symmetric positive definite: label propagation, and the values of a fit on a support."""
+    """f(x) = x^T H x / 2 - c . x with H (n, n) symmetric positive definite: label propagation is one."""
 
-    def __init__(self, h: Tensor, c: Tensor, lower: float = -float("inf")) -> None:
-        self.h, self.c, self.lower = h.double(), c.double(), lower
+    def __init__(self, h: Tensor, c: Tensor) -> None:
+        self.h, self.c = h.double(), c.double()
         self.x = torch.zeros(len(c), dtype=torch.float64)
         self.image = self.h @ self.x
         self.diagonal = self.h.diagonal().clone()

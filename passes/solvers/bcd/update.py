@@ -3,12 +3,13 @@
     Gradient  -g_b / L_b         Newton  -t (d2f_bb)^-1 g_b, t halved to Armijo's fall       PCG  a few conjugate gradient steps on it
     Forest    Newton by messages       TwoMetric  Newton where a bound does not hold, gradient where it does, projected     Support  N of M
 
-Gradient and TwoMetric keep x above the problem's `lower`; the others are for problems without one. Source: JMLR 23(131), 2022, sections 4
-to 6; two metrics: Gafni and Bertsekas, SIAM J. Control Optim. 22(6), 1984.
+All but Support keep x above the problem's `lower`, but only Gradient and TwoMetric are sure to descend beside such a bound.
+Source: JMLR 23(131), 2022, sections 4 to 6; two metrics: Gafni and Bertsekas, SIAM J. Control Optim. 22(6), 1984.
 """
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,53 +45,64 @@ class Gradient(AbstractUpdate[Tensor, Tensor]):
         return torch.zeros_like(g)
 
 
+class AbstractSearched(AbstractUpdate[Tensor, Tensor]):
+    """A direction, halved until f falls as its slope promises."""
+
+    @abc.abstractmethod
+    def direction(self, problem: AbstractSmooth, block: Tensor, g: Tensor) -> Tensor:
+        """(b,) from the block's gradient g (b,)."""
+
+    def propose(self, problem: AbstractProblem[Tensor, Tensor], block: Tensor) -> Tensor:
+        assert isinstance(problem, AbstractSmooth)
+        g = problem.slope(block)
+        move = self.direction(problem, block, g)
+        for _ in range(HALVINGS):
+            here = _projected(problem, block, move)
+            if problem.change(block, here) <= ARMIJO * float(g @ here):
+                return here
+            move = move / 2
+        return torch.zeros_like(move)
+
+
 @dataclass(frozen=True)
-class Newton(AbstractUpdate[Tensor, Tensor]):
+class Newton(AbstractSearched):
     """Exact on quadratics. `bound`: with H_b in place of the Hessian, the paper's matrix update, which scores by H_b foretell."""
 
     bound: bool = False
 
-    def propose(self, problem: AbstractProblem[Tensor, Tensor], block: Tensor) -> Tensor:
-        assert isinstance(problem, AbstractSmooth)
-        g = problem.slope(block)
-        h = problem.curvature(block) if self.bound else problem.hessian(block)
-        return _searched(problem, block, g, -_solve(h, g))
+    def direction(self, problem: AbstractSmooth, block: Tensor, g: Tensor) -> Tensor:
+        return -_solve(problem.curvature(block) if self.bound else problem.hessian(block), g)
 
 
 @dataclass(frozen=True)
-class PCG(AbstractUpdate[Tensor, Tensor]):
+class PCG(AbstractSearched):
     """`steps` of conjugate gradients on Newton's system, preconditioned by its diagonal: every step lowers the quadratic model."""
 
     steps: int = 4
 
-    def propose(self, problem: AbstractProblem[Tensor, Tensor], block: Tensor) -> Tensor:
-        assert isinstance(problem, AbstractSmooth)
-        g, h = problem.slope(block), problem.hessian(block)
-        return _searched(problem, block, g, conjugate(lambda v: h @ v, -g, 1 / h.diagonal(), self.steps))
+    def direction(self, problem: AbstractSmooth, block: Tensor, g: Tensor) -> Tensor:
+        h = problem.hessian(block)
+        return conjugate(lambda v: h @ v, -g, 1 / h.diagonal(), self.steps)
 
 
 @dataclass(frozen=True)
-class Forest(AbstractUpdate[Tensor, Tensor]):
-    """Newton's move of a block whose graph is a forest, in time linear in its nodes."""
+class Forest(AbstractSearched):
+    """Newton's move of a block whose graph is a forest."""
 
-    def propose(self, problem: AbstractProblem[Tensor, Tensor], block: Tensor) -> Tensor:
-        assert isinstance(problem, AbstractSmooth)
-        g = problem.slope(block)
-        return _searched(problem, block, g, -solve_forest(problem.hessian(block), g))
+    def direction(self, problem: AbstractSmooth, block: Tensor, g: Tensor) -> Tensor:
+        return -solve_forest(problem.hessian(block), g)
 
 
 @dataclass(frozen=True)
-class TwoMetric(AbstractUpdate[Tensor, Tensor]):
+class TwoMetric(AbstractSearched):
     """Identifies which bounds hold in finitely many steps, and then converges like Newton."""
 
-    def propose(self, problem: AbstractProblem[Tensor, Tensor], block: Tensor) -> Tensor:
-        assert isinstance(problem, AbstractSmooth)
-        g = problem.slope(block)
+    def direction(self, problem: AbstractSmooth, block: Tensor, g: Tensor) -> Tensor:
         free = (problem.x[block] > problem.lower) | (g < 0)
         move = -g / problem.diagonal[block]
         if bool(free.any()):
             move[free] = -_solve(problem.hessian(block)[free][:, free], g[free])
-        return _searched(problem, block, g, move)
+        return move
 
 
 @dataclass(frozen=True)
@@ -127,16 +139,6 @@ def conjugate(times: Any, right: Tensor, preconditioner: Tensor, steps: int) -> 
 
 def _projected(problem: AbstractSmooth, block: Tensor, move: Tensor) -> Tensor:
     return (problem.x[block] + move).clamp_min(problem.lower) - problem.x[block]
-
-
-def _searched(problem: AbstractSmooth, block: Tensor, g: Tensor, move: Tensor) -> Tensor:
-    """The move halved until f falls as its slope promises."""
-    for _ in range(HALVINGS):
-        here = _projected(problem, block, move)
-        if problem.change(block, here) <= ARMIJO * float(g @ here):
-            return here
-        move = move / 2
-    return torch.zeros_like(move)
 
 
 def _solve(h: Tensor, r: Tensor) -> Tensor:
