@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from rewriter.decide import decide_all
 from rewriter.errors import RewriteError
-from rewriter.fit import Plan, decide_all, site_cost
+from rewriter.fit import Plan, site_cost
 from rewriter.graph import Graph, Site
 from rewriter.registry import structures
 from rewriter.rule import AbstractPass, Context, Decision, check_share
@@ -42,7 +43,8 @@ class KeepSmall(AbstractPass):
             cost = site_cost(site)
             yield Decision(site, f"small: {cost.params:,} numbers, keep-small:above is {self.above:,}", cost, cost)
         others = [site for site in context.selected if all(site is not kept for kept in small)]
-        plan = Plan([structures()[self.structure]()], lossy=True, share=self.params or context.share or DEFAULT_SHARE)
+        share = self.params or (1.0 if context.budget else DEFAULT_SHARE)
+        plan = Plan([structures()[self.structure]()], lossy=True, share=share, budget=context.budget)
         yield from decide_all(graph, replace(context, selected=others), plan)
 
     def _is_small(self, context: Context, site: Site) -> bool:

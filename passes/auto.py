@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewriter.fit import Plan, decide_all
+from rewriter.decide import decide_all
+from rewriter.fit import Plan
 from rewriter.graph import Graph
 from rewriter.registry import structures
 from rewriter.rule import AbstractPass, Context, Decision, check_share
@@ -27,7 +28,7 @@ class Auto(AbstractPass):
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         check_share(self.params, "auto:params")
-        share = context.smallest(self.params)
         families = [kind() for kind in structures().values() if not kind.preset]
-        lossy = share is not None or context.consent
-        yield from decide_all(graph, context, Plan(families, lossy, share or DEFAULT_SHARE))
+        lossy = self.params is not None or context.budget is not None or context.consent
+        share = self.params or (1.0 if context.budget else DEFAULT_SHARE)
+        yield from decide_all(graph, context, Plan(families, lossy, share, budget=context.budget))

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from rewriter.fit import Plan, decide_all
+from rewriter.decide import decide_all
+from rewriter.fit import Plan
 from rewriter.graph import Graph
 from rewriter.rule import AbstractPass, Context, Decision, check_share
 from rewriter.structure import AbstractStructure
@@ -30,8 +31,8 @@ class StructurePass(AbstractPass):
         assert self.structure is not None
         check_share(self.params, f"{self.structure.name}:params")
         explicit = any(getattr(self.structure, f.name) != f.default for f in fields(self.structure))
-        share = context.smallest(self.params) or (1.0 if explicit else DEFAULT_SHARE)
-        yield from decide_all(graph, context, Plan([self.structure], True, share, explicit))
+        share = self.params or (1.0 if explicit or context.budget else DEFAULT_SHARE)
+        yield from decide_all(graph, context, Plan([self.structure], True, share, explicit, context.budget))
 
     def spelling(self) -> str:
         assert self.structure is not None

@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import collections
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rewriter.algebra import Dense
+from rewriter.allocate import Budget
 from rewriter.cache import digest, hardware, sources
 from rewriter.cost import Cost, dense_cost
 from rewriter.errors import RewriteError
@@ -24,9 +21,6 @@ from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.rule import Context, Decision
 from rewriter.structure import AbstractStructure, Fitted
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -38,73 +32,7 @@ class Plan:
     lossy: bool
     share: float
     explicit: bool = False  # the user set rank or blocks, and share bounds it
-
-
-def decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision]:
-    """A decision for every selected site. Sites are spliced after the last one was fitted, so that all see the model as it was given."""
-    decided = list(_decide_all(graph, context, plan))
-    for decision in decided:
-        if decision.operator is not None and decision is not context.decisions.get(decision.site.id):
-            graph.splice(decision.site, decision.operator, decision.shift)
-    yield from decided
-
-
-def _decide_all(graph: Graph, context: Context, plan: Plan) -> Iterator[Decision]:
-    open_sites = []
-    for site in context.selected:
-        earlier = context.decisions.get(site.id)
-        refusal = _refusal(site)
-        if earlier is not None and earlier.rewritten:
-            yield earlier
-        elif refusal:
-            yield _keep(site, refusal)
-        else:
-            open_sites.append(site)
-
-    model = graph.fingerprint() if plan.lossy else ""  # exact discovery is not remembered
-
-    def first_look(site: Site) -> Decision | None:
-        found = _discovered(graph, plan, site)
-        if found is None and not plan.lossy:
-            return _keep(site, "not an exact member of any family; a lossy form needs a bound: params=, --budget or --max-error")
-        return found or _cached(context, site, _fit_key(model, context, plan, site))
-
-    missing = []
-    for site, decision in context.progress.track(in_parallel(first_look, open_sites), "looking for exact structure", len(open_sites)):
-        if decision is None:
-            missing.append(site)
-        else:
-            yield decision
-    workers = 1 if context.objective == "ms" else None  # timings want the machine to themselves
-    for group in context.calibration.moments(missing):
-        for _, decision in context.progress.track(
-            in_parallel(lambda pair: _fitted(graph, context, plan, *pair, _fit_key(model, context, plan, pair[0])), group, workers),
-            "fitting",
-            len(group),
-        ):
-            yield decision
-
-
-def in_parallel(work: Callable[[A], B], items: Iterable[A], workers: int | None = None) -> Iterator[tuple[A, B]]:
-    """(item, work(item)) in order, on a thread for each core, each with one thread of torch: sites are independent, and torch lets
-    go of the interpreter while it computes. Little more than an item a worker is in flight.
-
-    An interrupt cancels what has not begun."""
-    count = workers or os.cpu_count() or 1
-    before = torch.get_num_threads()
-    waiting: collections.deque[tuple[A, Future[B]]] = collections.deque()
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1 if count > 1 else before,))
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > count:
-                item, future = waiting.popleft()
-                yield item, future.result()
-        while waiting:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    budget: Budget | None = None  # what all sites together may cost; share then bounds each one
 
 
 def site_cost(site: Site) -> Cost:
@@ -116,7 +44,7 @@ def site_cost(site: Site) -> Cost:
     return dense_cost(site.shape, site.dtype.itemsize, places=len(site.places))
 
 
-def _refusal(site: Site) -> str:
+def refusal(site: Site) -> str:
     if site.reason or site.kind != "linear":
         return site.reason or "no pass for it yet"
     if site.operator is not None:
@@ -129,12 +57,12 @@ def _refusal(site: Site) -> str:
     return ""
 
 
-def _keep(site: Site, reason: str) -> Decision:
+def keep(site: Site, reason: str) -> Decision:
     cost = site_cost(site)
     return Decision(site, reason, cost, cost)
 
 
-def _weight(graph: Graph, site: Site) -> Tensor | str:
+def usable_weight(graph: Graph, site: Site) -> Tensor | str:
     """The matrix in float32, or why it cannot be used."""
     weight = load_weight(graph, site)
     if not bool(torch.isfinite(weight).all()):
@@ -151,10 +79,10 @@ def after_cost(site: Site, operator: AbstractMatrix) -> Cost:
     return Cost(one.params, one.flops * len(site.places), one.nbytes)
 
 
-def _discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
-    weight = _weight(graph, site)
+def discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
+    weight = usable_weight(graph, site)
     if isinstance(weight, str):
-        return _keep(site, weight)
+        return keep(site, weight)
     assert site.dtype is not None
     best: Fitted | None = None
     stored = weight.to(site.dtype)  # rounding level is that of the numbers as stored
@@ -171,26 +99,26 @@ def _discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
     return Decision(site, reason, before, after, best.operator.to(site.dtype), best.spelling, True, best.weighted_error)
 
 
-def _fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
+def fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
     """What a fit depends on. `model` is the graph's fingerprint: a site's input moments depend on everything before it."""
     asked = ",".join(s.spelling() for s in plan.structures)
     speed = (context.target.name, context.tokens, context.threads, hardware(), sources()) if context.objective == "ms" else ()
     return digest(model, site.id, asked, plan.share, plan.explicit, context.objective, speed, context.calibration.key, context.seed)
 
 
-def _cached(context: Context, site: Site, key: str) -> Decision | None:
+def cached(context: Context, site: Site, key: str) -> Decision | None:
     entry = context.fits.get(key)
     if entry is None:
         return None
     operator, figures = entry
     if operator is None:
-        return _keep(site, figures["reason"])
+        return keep(site, figures["reason"])
     shift = torch.tensor(figures["shift"], dtype=torch.float64) if figures["shift"] else None
     cost = after_cost(site, operator)
     return Decision(site, figures["reason"], site_cost(site), cost, operator, figures["structure"], False, figures["error"], shift)
 
 
-def _fitted(graph: Graph, context: Context, plan: Plan, site: Site, moments: Moments | None, key: str) -> Decision:
+def fitted(graph: Graph, context: Context, plan: Plan, site: Site, moments: Moments | None, key: str) -> Decision:
     """Fit, judge and remember."""
     decision = _judged(graph, context, plan, site, moments)
     shift = decision.shift.tolist() if decision.shift is not None else None
@@ -200,24 +128,29 @@ def _fitted(graph: Graph, context: Context, plan: Plan, site: Site, moments: Mom
 
 
 def _judged(graph: Graph, context: Context, plan: Plan, site: Site, moments: Moments | None) -> Decision:
-    weight = _weight(graph, site)
+    weight = usable_weight(graph, site)
     assert isinstance(weight, Tensor) and site.shape is not None and site.dtype is not None
     if moments is None:
-        return _keep(site, "nothing is known of its input (no samples reach it and no LayerNorm stands before it): a fit would be blind")
+        return keep(site, "nothing is known of its input (no samples reach it and no LayerNorm stands before it): a fit would be blind")
     limit = int(plan.share * weight.numel())
-    shifted = all(p.bias is not None and graph.is_const(p.bias) for p in site.places)
-    fits, refusals = fit_families(plan.structures, weight, moments, limit, context.rng(site), shifted)
+    shifts = shifted(graph, site)
+    fits, refusals = fit_families(plan.structures, weight, moments, limit, context.rng(site), shifts)
     if plan.explicit and not fits and plan.share < 1:
         raise RewriteError(f"{site.name}: {'; '.join(refusals)}")
     chosen, lost = best_that_pays(context, site, weight, fits)
     if chosen is None:
-        return _keep(site, "; ".join([*lost, *refusals]) or "no family fits in the budget")
+        return keep(site, "; ".join([*lost, *refusals]) or "no family fits in the budget")
     operator = chosen.operator.to(site.dtype)
-    shift = moments.shift(weight, operator.to(torch.float32).dense()) if shifted else None
+    shift = moments.shift(weight, operator.to(torch.float32).dense()) if shifts else None
     after, before = after_cost(site, operator), site_cost(site)
     among = f"least weighted error of {len(fits)} forms" if len(fits) > 1 else "the one form that fits"
     reason = f"{among}, at {after.params / before.params:.0%} of params"
     return Decision(site, reason, before, after, operator, chosen.spelling, False, chosen.weighted_error, shift)
+
+
+def shifted(graph: Graph, site: Site) -> bool:
+    """Whether the site's bias can take the mean error up, at every place."""
+    return all(p.bias is not None and graph.is_const(p.bias) for p in site.places)
 
 
 def fit_families(

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rewriter.allocate import UNITS, Budget
 from rewriter.errors import RewriteError
 
-OBJECTIVES = ("params", "nbytes", "ms")
+OBJECTIVES = UNITS
 OPSETS = range(18, 26)
 SEEDS = 1 << 32
 
@@ -60,7 +61,7 @@ class Options:
         for option, value in (("--threads", self.threads), ("--samples", self.samples)):
             if value < 1:
                 raise RewriteError(f"{option} {value} is out of range; give at least 1")
-        _ = self.token_counts, self.share
+        _ = self.token_counts, self.shared
 
     @property
     def token_counts(self) -> tuple[int, ...]:
@@ -74,20 +75,9 @@ class Options:
         return counts
 
     @property
-    def share(self) -> float | None:
-        """--budget as a share of the dense numbers."""
-        if self.budget is None:
-            return None
-        unit, _, text = self.budget.partition("=")
-        try:
-            share = float(text)
-        except ValueError:
-            share = 0.0
-        if unit != "params" or not 0 < share <= 1:
-            raise RewriteError(
-                f"--budget {self.budget} cannot be read; give a share of the dense numbers above 0 and up to 1, such as params=0.5"
-            )
-        return share
+    def shared(self) -> Budget | None:
+        """--budget: what all linear sites together may cost."""
+        return None if self.budget is None else Budget.parse(self.budget)
 
     def to_recipe(self) -> dict[str, Any]:
         """What a report stores for `replay`: only what differs from the defaults."""

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rewriter.allocate import Budget
 from rewriter.backend import Target
 from rewriter.cache import FitCache
 from rewriter.calibrate import Calibration
@@ -57,8 +58,8 @@ class Context:
     calibration: Calibration
     tokens: tuple[int, ...]  # token counts that speed is judged at
     threads: int
-    objective: str  # "params" | "nbytes" | "ms": the unit in which a lossy rewrite has to pay
-    share: float | None  # --budget params=S: at most this share of the dense numbers
+    objective: str  # one of rewriter.allocate.UNITS, in which a lossy rewrite has to pay
+    budget: Budget | None  # what all linear sites together may cost
     consent: bool  # lossy `auto` was asked for by a bound
     selected: Sequence[Site]  # the sites that globs leave
     fits: FitCache
@@ -78,10 +79,6 @@ class Context:
         generator = torch.Generator()
         generator.manual_seed((self.seed * 1_000_003 + int.from_bytes(site.name.encode()[-7:], "little")) % (1 << 63))
         return generator
-
-    def smallest(self, share: float | None) -> float | None:
-        """The pass's own share of the dense numbers, within that of --budget; None where neither was given."""
-        return min((s for s in (share, self.share) if s is not None), default=None)
 
     def seconds(self, forms: Sequence[AbstractOperator]) -> list[list[float]]:
         """Measured on the target: one row for each token count, one figure for each form."""

@@ -125,7 +125,7 @@ def context(g: Graph, folder: Path, target: Any = None, data: Samples | None = N
         "tokens": (1, 256),
         "threads": 1,
         "objective": "params",
-        "share": None,
+        "budget": None,
         "consent": False,
         "selected": sites(g),
         "fits": FitCache(folder),

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.algebra import Dense
+from rewriter.allocate import Budget
+from rewriter.decide import decide_all
 from rewriter.errors import RewriteError
-from rewriter.fit import decide_all, in_parallel
 from rewriter.graph import Graph, load_weight
 from rewriter.operator import flatten
+from rewriter.parallel import in_parallel
 from rewriter.registry import parse_passes
 from rewriter.rule import Context, Decision
 from rewriter.tolerances import EXACT
@@ -130,7 +132,7 @@ def test_auto_alone_takes_no_lossy_form(tmp_path: Path) -> None:
     decision = one(decaying(20, 24), tmp_path, "auto")
     assert not decision.rewritten and "a lossy form needs a bound" in decision.reason
     assert one(decaying(20, 24), tmp_path, "auto", consent=True).rewritten
-    assert one(decaying(20, 24), tmp_path, "auto", share=0.4).rewritten
+    assert one(decaying(20, 24), tmp_path, "auto", budget=Budget("params", 0.4)).rewritten
 
 
 def same(a: Decision, b: Decision) -> None:

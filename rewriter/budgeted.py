@@ -1,0 +1,262 @@
+"""All sites under one budget: curves, what each site's error does to the output, the exact choice, and whether it beats the even one.
+
+curve      each family's best form at limits from the floor to the dense size: weighted error e against cost c, measured where it is ms
+even       the best form that every site can have at the budget's share: what there would be without an allocation
+weight     w = (E / e)^2, E the relative output error of the model with that one site in its even form
+chosen     min sum w e^2 (rewriter/allocate.py); kept only where the whole model's error on the same samples is below that of `even`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from torch import Tensor
+
+from rewriter.algebra import Dense
+from rewriter.allocate import FLOOR, Budget, choose
+from rewriter.cache import digest
+from rewriter.calibrate import Samples
+from rewriter.cost import Cost
+from rewriter.errors import RewriteError
+from rewriter.fit import Plan, after_cost, cached, fit_families, fit_key, fitted, keep, shifted, site_cost, usable_weight
+from rewriter.graph import Graph, Site
+from rewriter.moments import Moments
+from rewriter.parallel import in_parallel
+from rewriter.rule import Context, Decision
+from rewriter.structure import Fitted
+from rewriter.verify import certify
+
+NOTHING = "no form of it costs less than the dense weight, or nothing is known of its input"
+LIMITS = 10  # of a curve, besides the even share
+NEAR = 1.1  # of the best error at the even share, within which a family is fitted at the other limits
+JUDGED = 64  # samples on which output errors are compared
+
+
+@dataclass(frozen=True)
+class Point:
+    """One form that a site may take."""
+
+    structure: str  # the family; "" is the dense weight
+    share: float  # of the dense numbers, which the fit was allowed
+    error: float  # weighted, relative
+    cost: Cost
+    seconds: tuple[float, ...] = ()  # at each token count, where time is asked for
+
+    @classmethod
+    def stored(cls, content: Mapping[str, object]) -> Point:
+        """From its asdict."""
+        return cls(**{**content, "cost": Cost(**content["cost"]), "seconds": tuple(content["seconds"])})  # type: ignore[arg-type]
+
+
+Curve = list[Point]  # the dense weight first
+
+
+def allocated(
+    graph: Graph, context: Context, plan: Plan, budget: Budget, model: str, sites: Sequence[Site], settled: Sequence[Decision]
+) -> Iterator[Decision]:
+    """A decision for every site, the settled ones' cost being part of the budget.
+
+    RewriteError where no choice of the forms that were found stays within it.
+    """
+    curves = _curves(graph, context, plan, budget, model, sites)
+    open_sites = {s.id: s for s in sites if len(curves[s.id]) > 1}
+    for site in sites:
+        if site.id not in open_sites:
+            yield keep(site, NOTHING)
+    if not open_sites:
+        return
+    units = _Units(budget, curves, settled)
+
+    def fits(points: Mapping[str, Point]) -> dict[str, Decision]:
+        return _fits(graph, context, plan, model, {key: (open_sites[key], point) for key, point in points.items()})
+
+    even = {key: units.even(key) for key in open_sites}
+    first = fits(even)
+    errors = _Errors(graph, context)
+    weights = {key: errors.effect(d) for key, d in context.progress.track(first.items(), "what the output feels", len(first))}
+    chosen = units.choose(weights)
+    second = {**first, **fits({key: point for key, point in chosen.items() if point != even[key]})}
+    low, high = errors.of(second.values()), errors.of(first.values())
+    moved = low <= high or units.total(even) > 1
+    for decision in (second if moved else first).values():
+        yield replace(decision, reason=_reason(decision, budget, moved, low, high))
+
+
+def _reason(decision: Decision, budget: Budget, moved: bool, low: float, high: float) -> str:
+    """The decision's own, and what the allocation did."""
+    if not moved:
+        return f"{decision.reason}; its even part of {budget}: moving it between sites made the output's error {low:.3g}, from {high:.3g}"
+    if decision.operator is None:
+        return f"{budget} is saved at other sites: the output feels this one's error most"
+    return f"{decision.reason}; its part of {budget} by what the output feels"
+
+
+def limits(share: float, cap: float) -> list[float]:
+    """From the floor of a share to the dense size, evenly in the logarithm, the share itself among them; none above the cap."""
+    low = FLOOR * share
+    grid = [low * (1 / low) ** (i / LIMITS) for i in range(LIMITS)]
+    return sorted({x for x in [share, *grid] if x <= cap})
+
+
+def _curves(graph: Graph, context: Context, plan: Plan, budget: Budget, model: str, sites: Sequence[Site]) -> dict[str, Curve]:
+    """Every site's curve, from the cache or from one pass over the samples."""
+    timed = "ms" in (budget.unit, context.objective)
+
+    def key(site: Site) -> str:
+        return digest("curve", fit_key(model, context, plan, site), budget, FLOOR, LIMITS, NEAR)
+
+    curves = {}
+    for site in sites:
+        entry = context.fits.get(key(site))
+        if entry is not None:
+            curves[site.id] = [Point.stored(p) for p in entry[1]["points"]]
+    missing = [s for s in sites if s.id not in curves]
+    for group in context.calibration.moments(missing):
+        made = in_parallel(lambda pair: _curve(graph, context, plan, budget, *pair, timed), group, 1 if timed else None)
+        for (site, _), curve in context.progress.track(made, "error against cost", len(group)):
+            curves[site.id] = curve
+            context.fits.put(key(site), None, {"points": [asdict(p) for p in curve]})
+    return curves
+
+
+def _curve(graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, moments: Moments | None, timed: bool) -> Curve:
+    weight = usable_weight(graph, site)
+    assert isinstance(weight, Tensor)
+    found = _forms(graph, context, plan, budget, site, weight, moments, timed) if moments is not None else []
+    forms = [Dense(weight.float().T.contiguous()), *[fit.operator for _, fit in found]]
+    columns = list(zip(*context.seconds(forms), strict=True)) if timed else [()] * len(forms)
+    dense = Point("", 1.0, 0.0, site_cost(site), columns[0])
+    points = [
+        Point(_family(fit), share, fit.weighted_error, after_cost(site, fit.operator), seconds)
+        for (share, fit), seconds in zip(found, columns[1:], strict=True)
+    ]
+    return [dense, *[p for p in points if _pays(context, p, dense)]]
+
+
+def _family(fit: Fitted) -> str:
+    return fit.spelling.split(":")[0]
+
+
+def _forms(
+    graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, weight: Tensor, moments: Moments, timed: bool
+) -> list[tuple[float, Fitted]]:
+    """Every family at every limit, each form once; the even share comes first and says which families the other limits need."""
+    families, found = list(plan.structures), list[tuple[float, Fitted]]()
+    for share in sorted(limits(budget.share, plan.share), key=lambda s: abs(s - budget.share)):
+        fits, _ = fit_families(families, weight, moments, int(share * weight.numel()), context.rng(site), shifted(graph, site))
+        known = {fit.spelling for _, fit in found}
+        found += [(share, fit) for fit in fits if fit.spelling not in known]
+        if share == budget.share and fits and not timed:
+            near = {_family(f) for f in fits if f.weighted_error <= NEAR * fits[0].weighted_error}
+            families = [f for f in families if f.name in near]
+    return found
+
+
+def _pays(context: Context, point: Point, dense: Point) -> bool:
+    if context.objective == "ms":
+        return sum(point.seconds) < sum(dense.seconds)
+    return point.cost.of(context.objective) < dense.cost.of(context.objective)
+
+
+class _Units:
+    """Costs as parts of the budget: 1 is all of it. Time counts alike at every token count, whatever it takes."""
+
+    def __init__(self, budget: Budget, curves: Mapping[str, Curve], settled: Sequence[Decision]) -> None:
+        self.budget, self.curves = budget, curves
+        dense = [curve[0] for curve in curves.values()]
+        self.times = [sum(column) for column in zip(*[d.seconds for d in dense], strict=True)]
+        self.whole = sum(d.cost.of(unit) for d in dense) + sum(d.before.of(unit) for d in settled) if (unit := budget.unit) != "ms" else 0
+        # an exact form's time is not part of this comparison: it is neither in the whole nor spent
+        self.spent = sum(d.after.of(unit) for d in settled) / self.whole / budget.share if self.whole else 0.0
+        self.costs = {key: [self.cost(p) for p in curve] for key, curve in curves.items()}
+
+    def cost(self, point: Point) -> float:
+        """1 is the whole budget."""
+        if self.budget.unit != "ms":
+            return float(point.cost.of(self.budget.unit) / self.whole / self.budget.share)
+        shares: list[float] = [s / t for s, t in zip(point.seconds, self.times, strict=True)]
+        return sum(shares) / len(shares) / self.budget.share
+
+    def total(self, points: Mapping[str, Point]) -> float:
+        """What a choice costs, the sites without a choice included."""
+        return self.spent + sum(self.cost(points.get(key, curve[0])) for key, curve in self.curves.items())
+
+    def even(self, key: str) -> Point:
+        """The least error among the points at the budget's share of this site's own cost; the cheapest where there is none."""
+        curve, costs = self.curves[key], self.costs[key]
+        allowed = [p for p, c in zip(curve, costs, strict=True) if p.structure and c <= self.budget.share * costs[0]]
+        return min(allowed, key=lambda p: p.error) if allowed else curve[costs.index(min(costs))]
+
+    def choose(self, weights: Mapping[str, float]) -> dict[str, Point]:
+        """The exact choice, each site at or above its floor where it has such forms."""
+        fixed = self.spent + sum(costs[0] for key, costs in self.costs.items() if key not in weights)
+        options = {key: self._above_floor(key) for key in weights}
+        costs = [[self.costs[key][i] for i in options[key]] for key in weights]
+        losses = [[w * self.curves[key][i].error ** 2 for i in options[key]] for key, w in weights.items()]
+        picked = choose(costs, losses, 1 - fixed) if fixed < 1 else None
+        if picked is None:
+            least = (fixed + sum(map(min, costs))) * self.budget.share
+            raise RewriteError(
+                f"--budget {self.budget} cannot be kept: the forms that were found, none below half of the even share, come to "
+                f"{self.budget.unit}={least:.3g}; give at least that, or leave sites out with --exclude"
+            )
+        return {key: self.curves[key][options[key][k]] for key, k in zip(weights, picked, strict=True)}
+
+    def _above_floor(self, key: str) -> list[int]:
+        costs = self.costs[key]
+        floor = FLOOR * self.budget.share * costs[0]
+        above = [i for i, c in enumerate(costs) if c >= floor]
+        cheapest = costs.index(min(costs))
+        return above if len(above) > 1 else [*above, *({cheapest} - set(above))]
+
+
+def _fits(graph: Graph, context: Context, plan: Plan, model: str, wanted: Mapping[str, tuple[Site, Point]]) -> dict[str, Decision]:
+    """The points as decisions, from the cache or from one pass over the samples."""
+    plans = {
+        key: replace(plan, structures=[s for s in plan.structures if s.name == point.structure], share=point.share)
+        for key, (_, point) in wanted.items()
+    }
+    keys = {key: fit_key(model, context, plans[key], site) for key, (site, _) in wanted.items()}
+    decisions = {key: keep(site, "dense") for key, (site, point) in wanted.items() if not point.structure}
+    decisions |= {key: found for key, (site, _) in wanted.items() if key not in decisions and (found := cached(context, site, keys[key]))}
+    missing = [site for key, (site, _) in wanted.items() if key not in decisions]
+    workers = 1 if context.objective == "ms" else None
+    for group in context.calibration.moments(missing):
+        made = in_parallel(lambda pair: fitted(graph, context, plans[pair[0].id], *pair, keys[pair[0].id]), group, workers)
+        for (site, _), decision in context.progress.track(made, "fitting", len(group)):
+            decisions[site.id] = decision
+    return decisions
+
+
+class _Errors:
+    """Relative errors of the model's worst output, with some sites in their new forms, on a few of the calibration samples."""
+
+    def __init__(self, graph: Graph, context: Context) -> None:
+        self.graph, self.samples = graph, _few(context.calibration.samples)
+        self.dense = {id(batch): graph.run(batch) for batch in self.samples.batches}
+
+    def effect(self, decision: Decision) -> float:
+        """Its part in the output's squared error, for each unit of its own; 0 where it was kept."""
+        return (self.of([decision]) / decision.error) ** 2 if decision.error else 0.0
+
+    def of(self, decisions: Iterable[Decision]) -> float:
+        """The error with these and nothing else rewritten; the graph is as it was afterwards."""
+        spliced = []
+        for d in decisions:
+            if d.operator is not None:
+                self.graph.splice(d.site, d.operator, d.shift)
+                spliced.append(d)
+        try:
+            return certify(lambda feeds: self.dense[id(feeds)], self.graph.run, self.samples).estimate
+        finally:
+            for d in reversed(spliced):
+                self.graph.restore(d.site)
+
+
+def _few(samples: Samples | None) -> Samples:
+    """Evenly spread batches that hold about `JUDGED` samples."""
+    assert samples is not None
+    count = max(1, round(len(samples.batches) * min(1.0, JUDGED / max(samples.count, 1))))
+    step = len(samples.batches) / count
+    return replace(samples, batches=[samples.batches[int(i * step)] for i in range(count)])
