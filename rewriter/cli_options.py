@@ -51,9 +51,13 @@ TrustPickle = Annotated[
 
 Include = Annotated[list[str] | None, _option(CHOICE, "--include", "GLOB", "only sites with such names; repeatable")]
 Exclude = Annotated[list[str] | None, _option(CHOICE, "--exclude", "GLOB", "no sites with such names; repeatable")]
-Budget = Annotated[str | None, _option(CHOICE, "--budget", "params=S", "at most this share of the dense numbers: params=0.5")]
+Budget = Annotated[
+    str | None,
+    _option(CHOICE, "--budget", "UNIT=S", "a share of what all linears cost dense, in params, flops, nbytes or ms"),
+]
 Objective = Annotated[
-    str | None, _option(CHOICE, "--objective", "UNIT", "what has to pay: params, nbytes or ms  [default: the budget's unit, else ms]")
+    str | None,
+    _option(CHOICE, "--objective", "UNIT", "what has to pay: params, flops, nbytes, ms  [default: the budget's unit, else ms]"),
 ]
 MaxError = Annotated[
     float | None,

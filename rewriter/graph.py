@@ -247,8 +247,17 @@ class Graph(Protocol):
         """Drop what nothing uses: replaced nodes, dense weights that no other place needs."""
         ...
 
-    def run(self, feeds: Mapping[str, Tensor], taps: Mapping[Value, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
-        """Evaluate; every tapped value is handed to its callback as often as it is computed (nested bodies included where `can_tap`)."""
+    def run(
+        self, feeds: Mapping[str, Tensor], taps: Mapping[Value, Callable[[Tensor], None]] | None = None, grad: bool = False
+    ) -> dict[str, Tensor]:
+        """Evaluate; every tapped value is handed to its callback as often as it is computed (nested bodies included where `can_tap`).
+
+        `grad`: so that what comes out can be differentiated by what `trainable` gave; RewriteError where a format cannot."""
+        ...
+
+    def trainable(self, site: Site) -> Sequence[Tensor]:
+        """The floats that `splice` stored for a site: its factors as `flatten` has them, then the biases that it holds. An optimiser may
+        change them in place; they are what `run` uses."""
         ...
 
     def can_tap(self, value: Value) -> bool: ...

@@ -71,6 +71,10 @@ class AbstractMatrix(AbstractOperator):
         (x,) = inputs
         return (self.product(ops, x),)
 
+    def balanced(self) -> AbstractMatrix:
+        """The same matrix with its factors scaled to train: of like size along whatever connects them. As it is where nothing is free."""
+        return self
+
     def dense(self) -> Tensor:
         """The (m, n) matrix, by applying the operator to the identity."""
         from rewriter.registry import eager_ops

@@ -43,6 +43,8 @@ class FxGraph:
         self._output_names = output_names(program)
         self._words: dict[str, str] = {}  # of sizes
         self._spliced: dict[str, list[tuple[Node, Node]]] = {}  # site id -> (original output, its stand-in)
+        self._own: dict[str, list[str]] = {}  # site id -> what `splice` stored for it: factors, then biases
+        self._trained: dict[str, list[str]] = {}
         self._found: dict[Graph, Body] | None = None
 
     @classmethod
@@ -152,7 +154,8 @@ class FxGraph:
         if site.id in self._spliced:
             self.restore(site)
         leaves, spec = flatten(operator)
-        factors = [self._store(f"{site.name}.structured.{i}", leaf) for i, leaf in enumerate(leaves)]
+        self._own[site.id] = []
+        factors = [self._store(site, str(i), leaf) for i, leaf in enumerate(leaves)]
         if isinstance(operator, AbstractMatrix):
             self._splice_matrix(site, operator, spec, factors, shift)
         else:
@@ -174,23 +177,25 @@ class FxGraph:
             place.y.replace_all_uses_with(new)
             pairs.append((place.y, new))
 
-    def _store(self, name: str, tensor: Tensor) -> Node:
-        """A new parameter under a name that nothing has."""
+    def _store(self, site: Site, field: str, tensor: Tensor) -> Node:
+        """A new parameter of the site under a name that nothing has."""
+        name = f"{site.name}.structured.{field}"
         while name in self.program.state_dict or name in self.program.constants:
             name += "_"
+        self._own[site.id].append(name)
         return edit.add_parameter(self.program, self.mode, name, tensor.detach().contiguous())
 
     def _total(self, site: Site, place: Place, shift: Tensor | None) -> Node | None:
         """What is added to the product: the bias itself, or a new parameter where a scale or shift goes into it."""
         if place.bias is not None and not self.is_const(place.bias):
-            return None if shift is None else self._store(f"{site.name}.structured.bias", shift.to(site.dtype))
+            return None if shift is None else self._store(site, "bias", shift.to(site.dtype))
         if place.bias_scale == 1.0 and shift is None:
             return place.bias and self.constants.outermost(place.bias)
         total, dtype = torch.zeros((), dtype=torch.float64), site.dtype
         if place.bias is not None:
             bias = self.constants.load(place.bias)
             total, dtype = bias.double() * place.bias_scale, bias.dtype
-        return self._store(f"{site.name}.structured.bias", (total if shift is None else total + shift.double()).to(dtype))
+        return self._store(site, "bias", (total if shift is None else total + shift.double()).to(dtype))
 
     def _current(self, value: Node) -> Node:
         """What stands for an original value now: another site may have been spliced where it was made."""
@@ -228,7 +233,12 @@ class FxGraph:
                 y = call(aten.permute.default, y, list(layout.after))
         return y
 
+    def trainable(self, site: Site) -> Sequence[Tensor]:
+        self._trained[site.id] = [name for name in self._own[site.id] if self.program.state_dict[name].is_floating_point()]
+        return [self.program.state_dict[name].requires_grad_() for name in self._trained[site.id]]
+
     def restore(self, site: Site) -> None:
+        self._trained.pop(site.id, None)
         for old, new in self._spliced.pop(site.id):
             new.replace_all_uses_with(old)
         self._prune({old for pairs in self._spliced.values() for old, _ in pairs})
@@ -264,9 +274,12 @@ class FxGraph:
         value = node.args[0] if node.target is torch.ops.aten._assert_tensor_metadata.default else None
         return isinstance(value, Node) and (self.is_const(value) or all(user.target is node.target for user in value.users))
 
-    def run(self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
+    def run(
+        self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None, grad: bool = False
+    ) -> dict[str, Tensor]:
+        trained = {name for names in self._trained.values() for name in names} if grad else None
         try:
-            return dict(zip(self._output_names, run(self.program, feeds, taps or {}), strict=True))
+            return dict(zip(self._output_names, run(self.program, feeds, taps or {}, trained=trained), strict=True))
         except (RuntimeError, IndexError) as problem:
             raise RewriteError(f"the model cannot run on these samples: {one_line(problem)}; check --data, --input and --dim") from problem
 

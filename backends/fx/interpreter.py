@@ -1,11 +1,11 @@
 """Runs a program node by node, handing tapped values to their callbacks, inside cond branches as well.
 
-Values are freed after their last use.
+Values are freed after their last use. Sites are computed in plain aten, which gradients go through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Interpreter, Node
 
+from rewriter.backends.fx.custom_op import MAP, SITE, body, map_body
 from rewriter.errors import RewriteError
 
 Taps = Mapping[Node, Callable[[Tensor], None]]
 Swaps = Mapping[Node, Callable[[Tensor], Tensor]]
+PLAIN: dict[Any, Callable[..., Any]] = {SITE: body, MAP: map_body}
 
 
 class Tapped(Interpreter):
@@ -38,23 +40,26 @@ class Tapped(Interpreter):
         if isinstance(target, torch._ops.HigherOrderOperator) and str(target) == "cond":
             predicate, yes, no, given = args
             return Tapped(yes if bool(predicate) else no, self.taps, self.swaps).run(*given)
-        return super().call_function(target, args, kwargs)
+        return PLAIN[target](*args) if target in PLAIN else super().call_function(target, args, kwargs)
 
 
-def run(program: ExportedProgram, feeds: Mapping[str, Tensor], taps: Taps, swaps: Swaps | None = None) -> list[Tensor]:
-    """The user outputs for named inputs."""
+def run(
+    program: ExportedProgram, feeds: Mapping[str, Tensor], taps: Taps, swaps: Swaps | None = None, trained: Collection[str] | None = None
+) -> list[Tensor]:
+    """The user outputs for named inputs. `trained`: names of the stored tensors that gradients go to; None records nothing."""
     arguments: list[Any] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind is not InputKind.USER_INPUT:
             name = str(spec.target)
-            arguments.append(program.state_dict[name] if name in program.state_dict else program.constants[name])
+            stored = program.state_dict[name] if name in program.state_dict else program.constants[name]
+            arguments.append(stored.detach() if isinstance(stored, Tensor) and name not in (trained or ()) else stored)
         elif isinstance(spec.arg, ConstantArgument):
             arguments.append(spec.arg.value)
         elif spec.arg.name in feeds:
             arguments.append(feeds[spec.arg.name])
         else:
             raise RewriteError(f"input '{spec.arg.name}' is missing; the model takes {list(program.graph_signature.user_inputs)}")
-    with torch.no_grad():
+    with torch.set_grad_enabled(trained is not None):
         values = Tapped(program.graph_module, taps, swaps or {}).run(*arguments)
     specs = program.graph_signature.output_specs
     return [v for s, v in zip(specs, values, strict=True) if s.kind is OutputKind.USER_OUTPUT]

@@ -249,13 +249,20 @@ class OnnxGraph:
         passes.RemoveUnusedNodesPass()(self.model)
         self._edited()
 
-    def run(self, feeds: Mapping[str, Tensor], taps: Mapping[ir.Value, Callable[[Tensor], None]] | None = None) -> dict[str, Tensor]:
+    def run(
+        self, feeds: Mapping[str, Tensor], taps: Mapping[ir.Value, Callable[[Tensor], None]] | None = None, grad: bool = False
+    ) -> dict[str, Tensor]:
         """Under ONNX Runtime on the CPU; the session lives until the graph or the set of taps changes."""
+        if grad:
+            raise RewriteError("ONNX Runtime records no gradients; give the torch model (.pt2, module or folder)")
         taps = taps or {}
         wanted = tuple(value.name or "" for value in taps)
         if self._session is None or self._session.taps != wanted:
             self._session = Tapped(self.model, wanted)
         return self._session(feeds, list(taps.values()))
+
+    def trainable(self, site: Site) -> Sequence[Tensor]:
+        raise RewriteError("the weights of an ONNX graph do not train; give the torch model (.pt2, module or folder)")
 
     def specs(self) -> list[InputSpec]:
         found = []

@@ -34,6 +34,12 @@ class LowRank(AbstractMatrix):
     def product(self, ops: AnyOps, x: Any) -> Any:
         return ops.matmul(ops.matmul(x, ops.const(self.down)), ops.const(self.up))
 
+    def balanced(self) -> LowRank:
+        """|down_j| = |up_j| for every j."""
+        a, b = self.down.norm(dim=0), self.up.norm(dim=1)
+        scale = torch.where((a > 0) & (b > 0), (b / a).sqrt(), 1.0)
+        return LowRank(self.down * scale, self.up / scale[:, None])
+
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:
         return cls(torch.randn(7, 2, generator=rng), torch.randn(2, 5, generator=rng))

@@ -1,0 +1,145 @@
+"""The loop: Adam on the factors, a cosine over the time that there is, the best validated weights kept, never worse than the start.
+
+Each tensor's step is relative to its own size (Adafactor's, arXiv:1804.04235, section 8): factors differ by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+WARM_UP = 0.03  # of the whole
+CHECKS = 12  # validations
+PATIENCE = 4  # of them without a gain, before it ends
+SMALLEST = 1e-3  # size below which a tensor's step does not shrink further
+CLIP = 1.0
+RESERVE = 1.5  # of the longest step and validation seen, kept free before the deadline
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A wall-clock promise, or a number of steps, which is reproducible."""
+
+    begin: float
+    seconds: float
+    steps: int | None = None
+
+    def progress(self, done: int) -> float:
+        """0 to 1."""
+        return done / self.steps if self.steps is not None else (time.monotonic() - self.begin) / self.seconds
+
+    def over(self, done: int, reserve: float) -> bool:
+        """Whether the next step, and `reserve` seconds after it, would be too much."""
+        if self.steps is not None:
+            return done >= self.steps
+        return time.monotonic() + reserve - self.begin > self.seconds
+
+
+@dataclass
+class Trained:
+    """What came of it: losses on the validation batches, and the steps."""
+
+    before: float
+    after: float
+    steps: int = 0
+    checks: list[float] = field(default_factory=list)
+
+
+def train(
+    tensors: Sequence[Tensor],
+    loss: Callable[[int], Tensor],
+    validate: Callable[[], float],
+    batches: Sequence[int],
+    clock: Clock,
+    rate: float,
+    average: float,
+    rng: torch.Generator,
+    progressed: Callable[[float], None],
+) -> Iterator[Trained]:
+    """Changes `tensors` in place, yielding what came of it so far, once for each percent of progress and at the end.
+
+    loss(batch) is differentiable, `validate` says how good the tensors are as they stand (less is better); `average` > 0: what is validated
+    and kept is the moving average of the weights; `progressed` is told before each step how far the run is.
+    """
+    size = [max(float(t.detach().square().mean().sqrt()), SMALLEST) for t in tensors]
+    adam = torch.optim.Adam([{"params": [t], "size": s} for t, s in zip(tensors, size, strict=True)])
+    mean = [t.detach().clone() for t in tensors] if average else []
+
+    def validated() -> float:
+        with _swapped(tensors, mean), torch.no_grad():
+            return validate()
+
+    begin = time.monotonic()
+    best = [t.detach().clone() for t in tensors]
+    came = Trained(before=(first := validated()), after=first)
+    longest, checking, percent, stale = 0.0, time.monotonic() - begin, 0, 0
+    order = _shuffled(batches, rng)
+    while not clock.over(came.steps, RESERVE * (longest + checking)) and stale < PATIENCE:
+        begin, progress = time.monotonic(), min(clock.progress(came.steps), 1.0)
+        progressed(progress)
+        for group in adam.param_groups:
+            group["lr"] = rate * group["size"] * _schedule(progress)
+        adam.zero_grad()
+        loss(next(order)).backward()
+        torch.nn.utils.clip_grad_norm_(tensors, CLIP)
+        adam.step()
+        for kept, now in zip(mean, tensors, strict=False):
+            kept.lerp_(now.detach(), 1 - min(average, (came.steps + 1) / (came.steps + 10)))
+        came.steps += 1
+        longest = max(longest, time.monotonic() - begin)
+        if clock.progress(came.steps) * CHECKS >= len(came.checks) + 1:
+            stale = _keep(came, validated(), tensors, mean, best, stale)
+        if (now_percent := int(100 * progress)) > percent:
+            percent = now_percent
+            yield came
+    _keep(came, validated(), tensors, mean, best, stale)
+    with torch.no_grad():
+        for tensor, kept in zip(tensors, best, strict=True):
+            tensor.copy_(kept)
+    yield came
+
+
+def _keep(came: Trained, found: float, tensors: Sequence[Tensor], mean: Sequence[Tensor], best: Sequence[Tensor], stale: int) -> int:
+    """Take the weights as they are where they are the best so far; how many checks in a row were not."""
+    came.checks.append(found)
+    if not found < came.after:
+        return stale + 1
+    came.after = found
+    for kept, now in zip(best, mean or tensors, strict=True):
+        kept.copy_(now.detach())
+    return 0
+
+
+class _swapped:
+    """The averaged weights in the tensors' place, for a while."""
+
+    def __init__(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self.tensors, self.others = tensors, others
+
+    def __enter__(self) -> None:
+        self.before = [t.detach().clone() for t in self.tensors] if self.others else []
+        self._put(self.others)
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self.before)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors, values, strict=False):
+                tensor.copy_(value)
+
+
+def _shuffled(batches: Sequence[int], rng: torch.Generator) -> Iterator[int]:
+    """Every batch once, again and again, each time in another order."""
+    while True:
+        yield from (batches[i] for i in torch.randperm(len(batches), generator=rng))
+
+
+def _schedule(progress: float) -> float:
+    """A short rise, then half a cosine down to nothing."""
+    return min(progress / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * progress)) if progress > 0 else 1e-3
