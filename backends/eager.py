@@ -35,7 +35,10 @@ class EagerOps:
 
     def scatter(self, values: Tensor, positions: Tensor, n: int, m: int) -> Tensor:
         rows, columns = values.shape
-        places = unpack(positions, rows, m).repeat_interleave(columns // positions.shape[1], 1).view(-1, n, columns)
+        places = unpack(positions, rows, m)
+        if places.shape[1] < columns:  # a copy is slow, and this runs at every call
+            places = places.repeat_interleave(columns // places.shape[1], 1)
+        places = places.view(-1, n, columns)
         spread = values.new_zeros(len(places), m, columns).scatter(1, places, values.view(places.shape))
         return spread.flatten(0, 1)
 

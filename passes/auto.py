@@ -13,8 +13,7 @@ from rewriter.fit import Plan, decide_all
 from rewriter.graph import Graph
 from rewriter.registry import structures
 from rewriter.rule import AbstractPass, Context, Decision, check_share
-
-DEFAULT_SHARE = 0.5
+from rewriter.structure import HALF
 
 
 @dataclass(frozen=True)
@@ -30,4 +29,4 @@ class Auto(AbstractPass):
         share = context.smallest(self.params)
         families = [kind() for kind in structures().values() if not kind.preset]
         lossy = share is not None or context.consent
-        yield from decide_all(graph, context, Plan(families, lossy, share or DEFAULT_SHARE))
+        yield from decide_all(graph, context, Plan(families, lossy, share or HALF))

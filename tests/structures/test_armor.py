@@ -132,7 +132,8 @@ def test_refusals(structure: AbstractStructure, shape: tuple[int, int], limit: i
     answer = structure.fit(decaying(*shape), isotropic(shape[1]), limit, generator(0))
     assert isinstance(answer, NoMatch)
     assert answer.reason == reason
-    assert not structure.promising(decaying(*shape), isotropic(shape[1]), limit, 10.0) or isinstance(structure, NmSparseStructure)
+    if isinstance(structure, ArmorStructure):  # nor is a fit begun
+        assert not structure.promising(decaying(*shape), isotropic(shape[1]), limit, 10.0)
 
 
 @pytest.mark.parametrize("structure", [ArmorStructure(), NmSparseStructure()])
