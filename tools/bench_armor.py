@@ -34,6 +34,7 @@ from rewriter.options import Options
 from rewriter.passes.solvers import pruning
 from rewriter.passes.solvers.armor import Pattern, Wrapped, armor
 from rewriter.passes.solvers.armor_adam import armor_adam
+from rewriter.passes.solvers.armor_refit import refitted, repruned
 from rewriter.passes.solvers.spectral import spectrum
 from rewriter.tolerances import EQUAL
 
@@ -97,6 +98,8 @@ def wrappers(case: Case) -> Iterator[tuple[str, Tensor, float]]:
     for name, found, took in zip(names, (exact, adam), (seconds, spent), strict=True):
         check(case, name, found)
         yield name, found.dense(), took
+        again, more = timed(lambda found=found: refitted(found, case.weight, case.moments.second))  # type: ignore[misc]
+        yield f"{name}, values refitted", again.dense(), took + more
 
 
 def check(case: Case, name: str, found: Wrapped) -> None:
@@ -117,6 +120,7 @@ def rows(case: Case) -> Iterator[tuple[str, Tensor, float]]:
         "Wanda": lambda: pruning.wanda(case.weight, diagonal, 2, 4),
         "NoWag-P": lambda: pruning.nowag(case.weight, diagonal, 2, 4),
         "SparseGPT": lambda: pruning.sparsegpt(case.weight, second, 2, 4),
+        "SparseGPT, values refitted": lambda: repruned(pruning.sparsegpt(case.weight, second, 2, 4), case.weight, second),
     }
     for name, rule in rules.items():
         begun = time.process_time()

@@ -161,13 +161,13 @@ class ArmorProblem(AbstractProblem[Any, _Move]):
         grid -= (p @ (step @ q)).view(self.high, self.wide, self.size, self.size)
 
     def move_left(self) -> _Move:
-        z = _by_right(self.core, self.right).view(self.high, self.size, -1)
+        z = by_right(self.core, self.right).view(self.high, self.size, -1)
         gram, slope = ((other * self.weights).view(z.shape) @ z.mT for other in (z.view(self.core.shape), self.residual()))  # (I, b, b)
         step = torch.cholesky_solve(slope.mT, cholesky(gram, PROXIMAL)).mT
         return _Move(float(((step @ gram) * step).sum() - 2 * (step * slope).sum()), step)
 
     def move_right(self) -> _Move:
-        y, r = (x.view(-1, self.wide, self.size).transpose(0, 1) for x in (_by_left(self.left, self.core), self.residual()))
+        y, r = (x.view(-1, self.wide, self.size).transpose(0, 1) for x in (by_left(self.left, self.core), self.residual()))
         gram, slope = y.mT @ y, y.mT @ r  # (J, b, b)
         step = torch.cholesky_solve(slope, cholesky(gram, PROXIMAL))
         return _Move(float((((gram @ step - 2 * slope) * step) * self.weights.view(self.wide, 1, -1)).sum()), step)
@@ -219,12 +219,12 @@ class ArmorProblem(AbstractProblem[Any, _Move]):
 
 def wrapped(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
     """diag(left) core diag(right), (rows, columns), for blocks (I, b, b) and (J, b, b)."""
-    return _by_right(_by_left(left, core), right)
+    return by_right(by_left(left, core), right)
 
 
-def _by_left(left: Tensor, core: Tensor) -> Tensor:
+def by_left(left: Tensor, core: Tensor) -> Tensor:
     return (left @ core.view(len(left), left.shape[1], -1)).view(core.shape)
 
 
-def _by_right(core: Tensor, right: Tensor) -> Tensor:
+def by_right(core: Tensor, right: Tensor) -> Tensor:
     return (core.view(len(core), len(right), -1).transpose(0, 1) @ right).transpose(0, 1).reshape(core.shape)

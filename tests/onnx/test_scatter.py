@@ -9,15 +9,20 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 
 from rewriter.algebra import BlockDiagonal, Compose, Dense, Sparse
+from rewriter.backend import EmitOptions
 from rewriter.backends.eager import EagerOps
+from rewriter.backends.fx.target import TorchTarget
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.measure import stacked
 from rewriter.backends.onnx.run import Session
 from rewriter.backends.onnx.sequence_ops import SequenceOps, Sized
+from rewriter.backends.onnx.target import OnnxTarget
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.operator import AbstractMatrix
+from tests.fx.models import Net, graph, sites
 from tests.onnx.models import close
 
 TEXT = 8192  # bytes of nodes and names
@@ -72,3 +77,18 @@ def test_the_word_of_maps_is_the_same(shared: int) -> None:
     given = normal(3, 10)
     session = Session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), 1)
     close(session({"x": given})["y"], operator.product(EagerOps(), given))
+
+
+def test_a_torch_model_takes_it_to_onnx_and_to_pt2(tmp_path: Path) -> None:
+    """Through the exporter with its positions as uint8, and as plain aten in a file that the checks let in."""
+    operator = Sparse.of(normal(16, 12), 2, 4)
+    x = normal(5, 16)
+    for target in (OnnxTarget(), TorchTarget()):
+        g = graph(Net(lambda s, x: s.l(x), l=nn.Linear(16, 12, bias=False)), x)
+        (site,) = sites(g)
+        g.splice(site, operator)
+        path = tmp_path / f"m{target.suffix}"
+        target.emit(g, path, EmitOptions(20, False, (1,)))
+        run = target.open(path, 1)
+        (given,) = (spec.name for spec in g.specs())
+        close(next(iter(run({given: x}).values())), operator.product(EagerOps(), x))

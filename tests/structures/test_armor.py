@@ -184,10 +184,22 @@ def test_sparse_weights_are_found(n: int, m: int, dtype: torch.dtype) -> None:
     assert isinstance(NmSparseStructure(n=n, m=2 * m).discover(weight), NoMatch)
 
 
+@pytest.mark.parametrize("solver", ["exact", "adam"])
+def test_what_inputs_tell_of_one_another_is_won_back(solver: str) -> None:
+    """The solver sees variances alone; the fit is nearer under all moments."""
+    weight, moments = decaying(48, 72), anisotropic(72)
+    found = ArmorStructure(24, solver=solver).fit(weight, moments, 2 * weight.numel(), generator(0))
+    alone = family.SOLVERS[solver](weight, moments.second.diagonal(), 24, Pattern(), generator(0))
+    assert isinstance(found, Fitted)
+    assert found.weighted_error < moments.error(weight, alone.dense())
+
+
 def test_pruning_fits_by_sparsegpt() -> None:
     weight, moments = decaying(48, 64), anisotropic(64)
     found = NmSparseStructure().fit(weight, moments, 48 * 32, generator(0))
     assert isinstance(found, Fitted)
     pruned = pruning.sparsegpt(weight, moments.second, 2, 4)
-    torch.testing.assert_close(found.operator.dense(), pruned)
-    assert found.weighted_error < moments.error(weight, pruning.nowag(weight, moments.second.diagonal(), 2, 4))
+    assert torch.equal(found.operator.dense() != 0, pruned != 0)
+    assert (
+        found.weighted_error < moments.error(weight, pruned) < moments.error(weight, pruning.wanda(weight, moments.second.diagonal(), 2, 4))
+    )
