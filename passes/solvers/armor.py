@@ -223,8 +223,10 @@ def wrapped(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
 
 
 def by_left(left: Tensor, core: Tensor) -> Tensor:
+    """diag(left) core."""
     return (left @ core.view(len(left), left.shape[1], -1)).view(core.shape)
 
 
 def by_right(core: Tensor, right: Tensor) -> Tensor:
+    """core diag(right)."""
     return (core.view(len(core), len(right), -1).transpose(0, 1) @ right).transpose(0, 1).reshape(core.shape)

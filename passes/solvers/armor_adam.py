@@ -33,7 +33,7 @@ def armor_adam(
             best = [f.detach().clone() for f in factors]
         losses.append(min([loss.item(), *losses[-1:]]))
         if step < steps:
-            (loss / whole).backward()  # type: ignore[no-untyped-call]
+            (loss / whole).backward()
             adam.step()
             _move_groups(fit, rng)
     return fit.folded(best[0], best[1], best[2], losses)
