@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rewriter.ops import Step
+from rewriter.packing import unpack
 
 
 class EagerOps:
@@ -31,6 +32,15 @@ class EagerOps:
         k, q, p = w.shape
         rows = x.reshape(-1, k, q).transpose(0, 1)  # (k, tokens, q)
         return torch.bmm(rows, w).transpose(0, 1).reshape(*x.shape[:-1], k * p)
+
+    def scatter(self, values: Tensor, positions: Tensor, n: int, m: int) -> Tensor:
+        rows, columns = values.shape
+        places = unpack(positions, rows, m)
+        if places.shape[1] < columns:  # a copy is slow, and this runs at every call
+            places = places.repeat_interleave(columns // places.shape[1], 1)
+        places = places.view(-1, n, columns)
+        spread = values.new_zeros(len(places), m, columns).scatter(1, places, values.view(places.shape))
+        return spread.flatten(0, 1)
 
     def shuffle(self, x: Tensor, k: int) -> Tensor:
         rows: Tensor = x.unflatten(-1, (k, -1))

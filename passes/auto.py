@@ -14,8 +14,7 @@ from rewriter.fit import Plan
 from rewriter.graph import Graph
 from rewriter.registry import structures
 from rewriter.rule import AbstractPass, Context, Decision, check_share
-
-DEFAULT_SHARE = 0.5
+from rewriter.structure import HALF
 
 
 @dataclass(frozen=True)
@@ -30,5 +29,5 @@ class Auto(AbstractPass):
         check_share(self.params, "auto:params")
         families = [kind() for kind in structures().values() if not kind.preset]
         lossy = self.params is not None or context.budget is not None or context.consent
-        share = self.params or (1.0 if context.budget else DEFAULT_SHARE)
+        share = self.params or (1.0 if context.budget else HALF)
         yield from decide_all(graph, context, Plan(families, lossy, share, budget=context.budget))

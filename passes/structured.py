@@ -1,6 +1,6 @@
 """One pass for each structure: `low-rank:rank=64`, `monarch:blocks=4:params=0.5`. A named structure is consent to a lossy fit.
 
-Without rank, blocks or params a structure may store half of the dense numbers; a set rank or block count wins, and params then bounds it.
+Without params a structure may store its own share of the dense numbers, mostly half; a set rank or block count wins, and params bounds it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from rewriter.fit import Plan
 from rewriter.graph import Graph
 from rewriter.rule import AbstractPass, Context, Decision, check_share
 from rewriter.structure import AbstractStructure
-
-DEFAULT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,9 @@ class StructurePass(AbstractPass):
         assert self.structure is not None
         check_share(self.params, f"{self.structure.name}:params")
         explicit = any(getattr(self.structure, f.name) != f.default for f in fields(self.structure))
-        share = self.params or (1.0 if explicit or context.budget else DEFAULT_SHARE)
-        yield from decide_all(graph, context, Plan([self.structure], True, share, explicit, context.budget))
+        share = self.params or (1.0 if context.budget else self.structure.share)
+        bounded = self.params is not None or context.budget is not None
+        yield from decide_all(graph, context, Plan([self.structure], True, share, explicit and bounded, context.budget))
 
     def spelling(self) -> str:
         assert self.structure is not None

@@ -1,6 +1,7 @@
 """Atoms and combinators of the operator algebra: most structures are a composition of these.
 
-Monarch = BlockDiagonal . Permutation . BlockDiagonal; low rank = Dense . Dense; an adapter branch = Sum(Dense, low rank).
+Monarch = BlockDiagonal . Permutation . BlockDiagonal; ARMOR = BlockDiagonal . Sparse . BlockDiagonal; low rank = Dense . Dense; an adapter
+branch = Sum(Dense, low rank).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
+from rewriter.packing import pack
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,40 @@ class BlockDiagonal(AbstractMatrix):
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:
         return cls(torch.randn(3, 5, 2, generator=rng))
+
+
+@dataclass(frozen=True)
+class Sparse(AbstractMatrix):
+    """y = x @ w, of whose every `group` neighbouring inputs `kept` are stored; neighbouring outputs may share theirs."""
+
+    values: Tensor  # (groups * kept, m)
+    positions: Tensor  # (bytes, m / shared) uint8, packed
+    kept: int
+    group: int
+    features: int  # n <= groups * group
+
+    @classmethod
+    def of(cls, weight: Tensor, kept: int, group: int, shared: int = 1) -> Self:
+        """The (n, m) weight as applied, without all but the `kept` largest of each group; `shared` has to divide m."""
+        n = len(weight)
+        groups = torch.nn.functional.pad(weight, (0, 0, 0, -n % group)).unflatten(0, (-1, group))  # (groups, group, m)
+        scores = groups.square().unflatten(2, (-1, shared)).sum(3)
+        places = scores.topk(kept, 1).indices.sort(1).values
+        values = groups.gather(1, places.repeat_interleave(shared, 2))
+        return cls(values.flatten(0, 1), pack(places.flatten(0, 1), group), kept, group, n)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[1], self.features
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        width = len(self.values) // self.kept * self.group
+        x = x if self.features == width else ops.pad(x, width)
+        return ops.matmul(x, ops.scatter(ops.const(self.values), ops.const(self.positions), self.kept, self.group))
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        return cls.of(torch.randn(11, 6, generator=rng), 2, 4, 3)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cost:
-    """What a site costs: params = stored numbers, flops = 2 per multiply-add, nbytes = weights and indices as stored."""
+    """What a site costs: params = stored numbers, flops = 2 per multiply-add, nbytes = weights and indices as stored.
+
+    A weight of which few entries are stored is multiplied as a dense one."""
 
     params: int = 0
     flops: int = 0
@@ -59,6 +61,11 @@ class CostOps:
         assert x.features == k * q, f"block_matmul of {x.features} features with {w.shape}"
         self.flops += 2 * self.tokens * k * q * p
         return Width((k * p,))
+
+    def scatter(self, values: Width, positions: Width, n: int, m: int) -> Width:
+        rows, columns = values.shape
+        assert rows % n == 0 and columns % positions.features == 0, f"scatter of {values.shape} by {n}:{m} at {positions.shape}"
+        return Width((rows // n * m, columns))
 
     def shuffle(self, x: Width, k: int) -> Width:
         assert x.features % k == 0, f"shuffle of {x.features} features by {k}"

@@ -89,6 +89,7 @@ class AbstractMatrix(AbstractOperator):
         return count(lambda ops, x: self.product(ops, x), self.shape[1], tokens)
 
 
+INDICES = {"int64": torch.int64, "uint8": torch.uint8}  # the types of tensors that are no weights
 Dims = tuple[str | int, ...]  # a name is a size that varies, such as "batch" and "time"
 
 
@@ -203,7 +204,7 @@ def flatten(operator: AbstractOperator) -> tuple[list[Tensor], str]:
 def _encode(value: Any, leaves: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         leaves.append(value)
-        kind = {} if value.is_floating_point() else {"index": True}
+        kind = {} if value.is_floating_point() else {"index": str(value.dtype).removeprefix("torch.")}
         return {"tensor": len(leaves) - 1, "shape": list(value.shape), **kind}
     if isinstance(value, AbstractOperator):
         fields = {f.name: _encode(getattr(value, f.name), leaves) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
@@ -244,7 +245,7 @@ def skeleton(spec: str) -> tuple[AbstractOperator, list[Tensor]]:
 
     def note(value: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value.get("tensor"), int):
-            dtype = torch.int64 if value.get("index") else torch.float32
+            dtype = INDICES[value["index"]] if "index" in value else torch.float32
             found[value["tensor"]] = torch.empty(value["shape"], dtype=dtype, device="meta")
         return value
 

@@ -30,6 +30,14 @@ class Ops(Protocol[V]):
         """(..., k*q), const (k, q, p) -> (..., k*p): block b of x times w[b]. Each target lowers it once, its own best way."""
         ...
 
+    def scatter(self, values: V, positions: V, n: int, m: int) -> V:
+        """const (g*n, p) kept weights -> const (g*m, p): n of every m rows, zeros between; for matmul to take.
+
+        positions: const uint8 (., p/s) of rewriter.packing: the row in its group of each value, the same for s neighbouring columns.
+        Values and positions are what is stored; a runtime that folds constants then applies a dense weight.
+        """
+        ...
+
     def shuffle(self, x: V, k: int) -> V:
         """(..., k*m) -> (..., m*k): the stride permutation, out[j*k + i] = x[i*m + j]."""
         ...

@@ -17,6 +17,8 @@ from torch import Tensor
 from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 
+HALF = 0.5
+
 
 @dataclass(frozen=True)
 class NoMatch:
@@ -55,6 +57,11 @@ class AbstractStructure(abc.ABC):
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("Abstract"):
             AbstractStructure.kinds[cls.name] = cls
+
+    @property
+    def share(self) -> float:
+        """How much of the dense numbers a fit may store where no limit is given: half; all where an option is set, which decides."""
+        return HALF if self.spelling() == self.name else 1.0
 
     @abc.abstractmethod
     def fit(self, weight: Tensor, moments: Moments, cost_limit: int, rng: torch.Generator) -> Fitted | NoMatch:

@@ -41,7 +41,7 @@ def _site_op(outputs: int = 1) -> values.Op:
         1,
         inputs=[formal("values", "V", param_option=schema.FormalParameterOption.Variadic, is_homogeneous=False)],
         outputs=[formal(f"y{i}", "T") for i in range(outputs)],
-        type_constraints=[("T", floats, ""), ("V", [*floats, "tensor(int64)", "tensor(bool)"], "")],
+        type_constraints=[("T", floats, ""), ("V", [*floats, "tensor(int64)", "tensor(uint8)", "tensor(bool)"], "")],
         attributes=[schema.Attribute(name, schema.AttrType.STRING, "") for name in ("spec", "site", "map")],
     )
     return values.Op(values.Opset("structured", 1), "Site", opaque)

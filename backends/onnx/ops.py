@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewriter.backends.onnx.arrange import Arranged, Axis, arrange, plain, settled, split
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, matrix_skeleton, overload
+from rewriter.backends.onnx.scatter import scattered
 
 # Of block_matmul; the first is what is emitted where nothing was measured. A grouped 1x1 convolution wins only on single rows, and ONNX
 # Runtime refuses it an empty one, which a product takes.
@@ -89,6 +90,9 @@ class OnnxOps:
         made = Axis(p)
         product = self.tape.op("MatMul", [rows.value, w.value])
         return Arranged(product, (*before, blocks, (last,), (made,)), self.leading, (*blocks, made))
+
+    def scatter(self, values: Weight, positions: Weight, n: int, m: int) -> Weight:
+        return Weight(*scattered(self.tape, values, positions, n, m))
 
     def shuffle(self, x: Arranged, k: int) -> Arranged:
         x, first, second = split(self.tape, x, k)

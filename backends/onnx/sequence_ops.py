@@ -19,6 +19,7 @@ from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import lower, own_lowerings, steady
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload
+from rewriter.backends.onnx.scatter import scattered
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.operator import AbstractMap, Dims, skeleton
 from rewriter.ops import Step
@@ -149,6 +150,9 @@ class SequenceOps:
         k, q = w.axes[0] or 0, w.axes[1] or 0
         rows = self.unfold(self.unfold(x, k, q), 1, q)  # (..., k, 1, q)
         return self.fold(self.contract(rows, w), 3)
+
+    def scatter(self, values: Sized, positions: Sized, n: int, m: int) -> Sized:
+        return Sized(*scattered(self.tape, values, positions, n, m))
 
     def shuffle(self, x: Sized, k: int) -> Sized:
         features = x.axes[-1]

@@ -12,8 +12,9 @@ Source: ARMOR (arXiv:2510.05528), the model, the proxy loss and the draw; the ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -61,23 +62,14 @@ def armor(
 
     Raises ValueError where `block` does not divide rows and columns, or the pattern's m and shared the block.
     """
-    rows, columns = weight.shape
-    if rows % block or columns % block or block % pattern.m or block % pattern.shared:
-        raise ValueError(
-            f"blocks of {block} with {pattern.n}:{pattern.m} in {pattern.shared} rows for a {rows} x {columns} weight; the block has to "
-            f"divide both sides, {pattern.m} and {pattern.shared} the block"
-        )
-    work = torch.float64 if weight.numel() * block <= FP64_WORK else torch.float32
-    fit = _Armor(Normalised.of(weight.to(work)), diagonal.to(work), block, pattern)
-    moves = _Moves()
+    fit, moves = ArmorProblem.of(weight, diagonal, block, pattern), _Moves()
     program: list[Stage[Any, _Move]] = [
         Stage("wrappers", Cyclic(["left", "right"]), moves, 2),
         Stage("values", Cyclic(["values"]), moves),
-        Stage("masks", Custom(_drawn), moves, GROUPS),
+        Stage("masks", Custom(draw), moves, GROUPS),
     ]
     found = minimise(fit, program, Stop(sweeps, rtol=gain), rng)
-    left = fit.left * fit.given.rows.view(len(fit.left), block, 1)
-    return Wrapped(left, fit.core, fit.right * fit.given.columns.view(len(fit.right), 1, block), found.values)
+    return fit.folded(fit.left, fit.core, fit.right, found.values)
 
 
 @dataclass(frozen=True)
@@ -90,19 +82,19 @@ class _Moves(AbstractUpdate[Any, _Move]):
     """The best of a factor, or of one group in every tile, with the rest as it is."""
 
     def propose(self, problem: AbstractProblem[Any, _Move], block: Any) -> _Move:
-        assert isinstance(problem, _Armor)
+        assert isinstance(problem, ArmorProblem)
         return getattr(problem, f"move_{block}")() if isinstance(block, str) else problem.move_groups(block)
 
 
-def _drawn(problem: Any, rng: torch.Generator) -> Tensor:
+def draw(problem: Any, rng: torch.Generator) -> Tensor:
     """(tiles,) one group each, with probabilities as the gradient's absolute values on it; evenly where there is none."""
-    assert isinstance(problem, _Armor)
+    assert isinstance(problem, ArmorProblem)
     steep = problem.steepness()
     weights = torch.where(steep.sum(1, keepdim=True) > 0, steep, 1.0)
     return torch.multinomial(weights, 1, generator=rng)[:, 0]
 
 
-class _Armor(AbstractProblem[Any, _Move]):
+class ArmorProblem(AbstractProblem[Any, _Move]):
     """A block is "left", "right", "values", or the index of a group in every tile, tiles being counted row by row."""
 
     def __init__(self, given: Normalised, diagonal: Tensor, block: int, pattern: Pattern) -> None:
@@ -113,9 +105,26 @@ class _Armor(AbstractProblem[Any, _Move]):
         self.mask = kept(grouped, pattern.n, pattern.m).repeat_interleave(pattern.shared, 0)
         self.core = given.core * self.mask
         self.left, self.right = (torch.eye(block, dtype=given.core.dtype).repeat(k, 1, 1) for k in (self.high, self.wide))
-        self._refresh()
+        self.refresh()
 
-    def _refresh(self) -> None:
+    @classmethod
+    def of(cls, weight: Tensor, diagonal: Tensor, block: int, pattern: Pattern) -> Self:
+        """At its start, in the precision that its size allows; ValueError as `armor` says."""
+        rows, columns = weight.shape
+        if rows % block or columns % block or block % pattern.m or block % pattern.shared:
+            raise ValueError(
+                f"blocks of {block} with {pattern.n}:{pattern.m} in {pattern.shared} rows for a {rows} x {columns} weight; the block has "
+                f"to divide both sides, {pattern.m} and {pattern.shared} the block"
+            )
+        work = torch.float64 if weight.numel() * block <= FP64_WORK else torch.float32
+        return cls(Normalised.of(weight.to(work)), diagonal.to(work), block, pattern)
+
+    def folded(self, left: Tensor, core: Tensor, right: Tensor, losses: Sequence[float]) -> Wrapped:
+        """These factors in the weight's own scale."""
+        rows, columns = (s.view(-1, self.size) for s in (self.given.rows, self.given.columns))
+        return Wrapped(left * rows[:, :, None], core, right * columns[:, None], tuple(losses))
+
+    def refresh(self) -> None:
         """What the wrappers change: P, Q and G."""
         self.across = self.left.mT @ self.left  # (I, b, b) P
         self.along = (self.right * self.weights.view(self.wide, 1, -1)) @ self.right.mT  # (J, b, b) Q
@@ -139,7 +148,7 @@ class _Armor(AbstractProblem[Any, _Move]):
             self.gradient = self.gradient - wrapped(self.across, move.step, self.along)
         else:
             setattr(self, block, getattr(self, block) + move.step)
-            self._refresh()
+            self.refresh()
 
     def _apply_groups(self, drawn: Tensor, step: Tensor) -> None:
         """G changes by a product of rank `shared` in every tile."""
@@ -152,13 +161,13 @@ class _Armor(AbstractProblem[Any, _Move]):
         grid -= (p @ (step @ q)).view(self.high, self.wide, self.size, self.size)
 
     def move_left(self) -> _Move:
-        z = _by_right(self.core, self.right).view(self.high, self.size, -1)
+        z = by_right(self.core, self.right).view(self.high, self.size, -1)
         gram, slope = ((other * self.weights).view(z.shape) @ z.mT for other in (z.view(self.core.shape), self.residual()))  # (I, b, b)
         step = torch.cholesky_solve(slope.mT, cholesky(gram, PROXIMAL)).mT
         return _Move(float(((step @ gram) * step).sum() - 2 * (step * slope).sum()), step)
 
     def move_right(self) -> _Move:
-        y, r = (x.view(-1, self.wide, self.size).transpose(0, 1) for x in (_by_left(self.left, self.core), self.residual()))
+        y, r = (x.view(-1, self.wide, self.size).transpose(0, 1) for x in (by_left(self.left, self.core), self.residual()))
         gram, slope = y.mT @ y, y.mT @ r  # (J, b, b)
         step = torch.cholesky_solve(slope, cholesky(gram, PROXIMAL))
         return _Move(float((((gram @ step - 2 * slope) * step) * self.weights.view(self.wide, 1, -1)).sum()), step)
@@ -210,12 +219,14 @@ class _Armor(AbstractProblem[Any, _Move]):
 
 def wrapped(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
     """diag(left) core diag(right), (rows, columns), for blocks (I, b, b) and (J, b, b)."""
-    return _by_right(_by_left(left, core), right)
+    return by_right(by_left(left, core), right)
 
 
-def _by_left(left: Tensor, core: Tensor) -> Tensor:
+def by_left(left: Tensor, core: Tensor) -> Tensor:
+    """diag(left) core."""
     return (left @ core.view(len(left), left.shape[1], -1)).view(core.shape)
 
 
-def _by_right(core: Tensor, right: Tensor) -> Tensor:
+def by_right(core: Tensor, right: Tensor) -> Tensor:
+    """core diag(right)."""
     return (core.view(len(core), len(right), -1).transpose(0, 1) @ right).transpose(0, 1).reshape(core.shape)

@@ -287,3 +287,14 @@ def _plan(step: Any) -> Any:
     from rewriter.fit import Plan
 
     return Plan([step.structure], True, 1.0, True)
+
+
+def test_a_structure_says_what_it_may_store_where_nobody_else_does(tmp_path: Path) -> None:
+    """2:4 alone is half: ARMOR's wrappers have a sixteenth on top, and an option that sets no size asks for no more."""
+    assert one(decaying(128, 128), tmp_path, "armor").after.params == 128 * 128 * 9 // 16
+    assert not one(decaying(128, 128), tmp_path, "armor:params=0.5").rewritten
+    for spelled, limit in (("armor", 270), ("armor:n=1", 150)):
+        kept = one(decaying(20, 24), tmp_path, spelled)  # its smallest wrappers are too large
+        assert not kept.rewritten and f"the limit is {limit}" in kept.reason
+    with pytest.raises(RewriteError, match="the limit is 240"):
+        one(decaying(20, 24), tmp_path, "armor:n=1:params=0.5")

@@ -50,7 +50,7 @@ def test_what_an_earlier_pass_rewrote_stays(my_pass: Any) -> None:
     assert {row.structure for row in rows.values()} == {"low-rank:rank=4"}
 
 
-@pytest.mark.parametrize(("passes", "said"), [("keep-small:params=2", "out of range"), ("keep-small:structure=none", "there are: block")])
+@pytest.mark.parametrize(("passes", "said"), [("keep-small:params=2", "out of range"), ("keep-small:structure=none", "there are: armor")])
 def test_bad_options_are_refused(my_pass: Any, passes: str, said: str) -> None:
     with pytest.raises(rewriter.RewriteError, match=said):
         plan(passes)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rewriter.passes.solvers import armor as solver
 from rewriter.passes.solvers import pruning
-from rewriter.passes.solvers.armor import Pattern, Wrapped, _Armor, _drawn, _Moves, armor, wrapped
+from rewriter.passes.solvers.armor import ArmorProblem, Pattern, Wrapped, _Moves, armor, draw, wrapped
+from rewriter.passes.solvers.armor_adam import armor_adam
 from rewriter.passes.solvers.pruning import Normalised
 from rewriter.tolerances import EQUAL
 
@@ -85,9 +90,9 @@ def test_without_an_iteration_it_is_nowag(seed: int) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_kind_of_move_changes_the_loss_by_what_it_says(pattern: Pattern) -> None:
     weight, second = case()
-    fit, generator = _Armor(Normalised.of(weight), second.diagonal(), BLOCK, pattern), rng()
+    fit, generator = ArmorProblem(Normalised.of(weight), second.diagonal(), BLOCK, pattern), rng()
     for block in ["left", "groups", "values", "right", "groups", "groups", "values", "left", "groups"]:
-        chosen = _drawn(fit, generator) if block == "groups" else block
+        chosen = draw(fit, generator) if block == "groups" else block
         move, before = _Moves().propose(fit, chosen), fit.value()
         fit.apply(chosen, move)
         assert fit.value() - before == pytest.approx(move.change, rel=RTOL, abs=ATOL) and move.change <= 0
@@ -105,10 +110,10 @@ def test_masks_move() -> None:
 
 def test_a_drawn_group_follows_the_gradient() -> None:
     weight, second = case()
-    fit = _Armor(Normalised.of(weight), second.diagonal(), BLOCK, Pattern())
+    fit = ArmorProblem(Normalised.of(weight), second.diagonal(), BLOCK, Pattern())
     fit.gradient = torch.zeros_like(fit.gradient)
     fit.gradient[BLOCK + 3, BLOCK + 5] = 1.0  # in the tile of row 1 and column 1: row 3, second group of its row
-    drawn = _drawn(fit, rng())
+    drawn = draw(fit, rng())
     assert int(drawn[COLUMNS // BLOCK + 1]) == 3 * (BLOCK // 4) + 1
 
 
@@ -214,3 +219,50 @@ def test_sparsegpt_is_exact_for_its_last_group() -> None:
 def test_columns_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="2:5 of 16 columns"):
         pruning.magnitude(case()[0], 2, 5)
+
+
+SOLVERS = {"exact": functools.partial(armor, sweeps=4), "adam": functools.partial(armor_adam, steps=6, rate=0.02)}
+every_solver = pytest.mark.parametrize("solver", SOLVERS)
+
+
+@every_solver
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)), pattern=st.sampled_from([*PATTERNS, Pattern(1, 2), Pattern(3, 4, shared=2)]),
+    wide=st.integers(1, 2), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_no_solver_exceeds_nowag(solver: str, shape: tuple[int, int], pattern: Pattern, wide: int, seed: int) -> None:
+    """The law of the paper's Theorem 3.1, for every shape, block and pattern; the last loss is that of the factors given back."""
+    block = math.lcm(pattern.m, pattern.shared) * wide
+    weight = torch.randn(shape[0] * block, shape[1] * block, generator=rng(seed), dtype=torch.float64)
+    diagonal = torch.rand(weight.shape[1], generator=rng(seed + 1), dtype=torch.float64)
+    found = SOLVERS[solver](weight, diagonal, block, pattern, rng(seed))
+    start = armor(weight, diagonal, block, pattern, rng(seed), sweeps=0)
+    assert found.losses[0] == pytest.approx(start.losses[0], rel=RTOL)
+    if pattern.shared == 1:
+        pruned = pruning.nowag(weight, diagonal, pattern.n, pattern.m)
+        assert loss(weight, found.dense(), diagonal) <= loss(weight, pruned, diagonal) * (1 + RTOL) + ATOL
+    assert all(b <= a for a, b in itertools.pairwise(found.losses))
+    assert loss(weight, found.dense(), diagonal) == pytest.approx(found.losses[-1], rel=RTOL, abs=ATOL)
+    groups = (found.core != 0).unflatten(0, (-1, pattern.shared)).unflatten(2, (-1, pattern.m))
+    assert int(groups.any(1).sum(-1).max()) <= pattern.n
+
+
+def test_adam_descends_and_moves_masks() -> None:
+    weight, second = case()
+    found = armor_adam(weight, second.diagonal(), BLOCK, Pattern(), rng(), steps=200, rate=5e-3)
+    start = armor(weight, second.diagonal(), BLOCK, Pattern(), rng(), sweeps=0)
+    assert found.losses[-1] < 0.8 * found.losses[0]
+    assert bool(((start.core != 0) != (found.core != 0)).any())
+
+
+def test_adam_that_only_rises_gives_its_start_back() -> None:
+    weight, second = case()
+    found = armor_adam(weight, second.diagonal(), BLOCK, Pattern(), rng(), steps=3, rate=100.0)
+    torch.testing.assert_close(found.dense(), pruning.nowag(weight, second.diagonal(), 2, 4))
+    assert found.losses == (found.losses[0],) * 4
+
+
+def test_adam_of_nothing_stays_finite() -> None:
+    found = armor_adam(torch.zeros(ROWS, COLUMNS), torch.zeros(COLUMNS), BLOCK, Pattern(), rng(), steps=2)
+    assert not bool(found.dense().any())

@@ -18,8 +18,8 @@ from rewriter.tolerances import EQUAL, EXACT
 from .inputs import anisotropic, decaying, generator
 
 load_structures()
-MINE = ("low-rank", "pivoted-low-rank", "block-dense", "monarch", "block-shuffle", "block-diagonal")
-OPERATORS = ("LowRank", "PivotedLowRank", "BlockDense", "Monarch", "UnequalBlocks", "HouseholderProduct")
+MINE = ("low-rank", "pivoted-low-rank", "block-dense", "monarch", "block-shuffle", "block-diagonal", "nm-sparse")
+OPERATORS = ("LowRank", "PivotedLowRank", "BlockDense", "Monarch", "UnequalBlocks", "HouseholderProduct", "Sparse")
 SHAPES = [(48, 64), (64, 48), (37, 53), (53, 37), (96, 30), (40, 101)]
 structures = pytest.mark.parametrize("name", MINE)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -51,7 +51,7 @@ def test_fit_keeps_shape_limit_and_says_its_error(name: str, shape: tuple[int, i
             continue
         assert fit.operator.shape == shape
         assert fit.operator.cost().params <= limit
-        assert all(t.dtype in (torch.float32, torch.int64) for t in tensors(fit.operator))
+        assert all(t.dtype in (torch.float32, torch.int64, torch.uint8) for t in tensors(fit.operator))
         assert fit.weighted_error == pytest.approx(moments.error(weight, fit.operator.dense()), rel=EXACT[torch.float32])
         assert 0 < fit.weighted_error < 1
 

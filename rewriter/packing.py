@@ -1,0 +1,33 @@
+"""Which n of every m neighbours are kept, in a few bits each: 2 where m <= 4, 4 where m <= 16, else a byte.
+
+Position r of a column stands in byte r // k, at bit (r % k) bits, k = 8 // bits; a last byte that is not full ends in zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def bits(m: int) -> int:
+    """Of one position. Raises ValueError beyond groups of 256, whose positions no byte holds."""
+    if not 1 < m <= 256:
+        raise ValueError(f"groups of {m}: positions in 2 to 256 can be packed; take smaller groups")
+    return 2 if m <= 4 else 4 if m <= 16 else 8
+
+
+def pack(positions: Tensor, m: int) -> Tensor:
+    """(rows, columns) integers in 0..m-1 -> (ceil(rows / k), columns) uint8."""
+    each = 8 // bits(m)
+    padded = torch.nn.functional.pad(positions.long(), (0, 0, 0, -len(positions) % each)).unflatten(0, (-1, each))
+    shifts = torch.arange(0, 8, bits(m))[:, None]
+    packed: Tensor = (padded << shifts).sum(1).to(torch.uint8)
+    return packed
+
+
+def unpack(packed: Tensor, rows: int, m: int) -> Tensor:
+    """The inverse of `pack`, (rows, columns) int64."""
+    width = bits(m)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)[:, None]
+    positions: Tensor = ((packed[:, None] >> shifts) & (2**width - 1)).flatten(0, 1)
+    return positions[:rows].long()
