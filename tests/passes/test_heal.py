@@ -1,0 +1,266 @@
+"""The pass: lossy sites come out better, everything else as it was, and the wall clock is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter.backends.onnx.graph import OnnxGraph
+from rewriter.calibrate import Feeds, Samples
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph
+from rewriter.operator import flatten
+from rewriter.passes.heal import Heal
+from rewriter.passes.healing import session, training
+from rewriter.registry import parse_passes
+from rewriter.rule import Decision
+from rewriter.structure import spell
+from rewriter.tolerances import EQUAL
+from rewriter.verify import certify
+from tests.engine.nets import context, decaying, graph, linear, normal, planted, samples, sites
+
+WIDTH = 20
+TAPE = f"x:float32[batch,seq,{WIDTH}]"
+
+
+class Blocks(nn.Module):
+    """x + b(tanh(a(x))), three times; `bias` of the second linears."""
+
+    def __init__(self, bias: bool = True, exact: bool = False) -> None:
+        super().__init__()
+        first = [planted(28, WIDTH, 2, i) if exact and i == 0 else decaying(28, WIDTH, i, 0.4) for i in range(3)]
+        self.a = nn.ModuleList(linear(w, normal(28, seed=i)) for i, w in enumerate(first))
+        self.b = nn.ModuleList(linear(decaying(WIDTH, 28, i + 9, 0.4), normal(WIDTH, seed=i) if bias else None) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for a, b in zip(self.a, self.b, strict=True):
+            x = x + b(torch.tanh(a(x)))
+        return x
+
+
+def data(seed: int = 0) -> Samples:
+    return samples(*[{"x": normal(8, 4, WIDTH, seed=100 * seed + i)} for i in range(16)])
+
+
+def healed(
+    folder: Path, module: nn.Module, heal: Heal | str, first: str = "low-rank:params=0.5", names: Sequence[str] = ()
+) -> tuple[Graph, dict[str, Decision], dict[str, Decision]]:
+    """(graph, decisions before, decisions after)."""
+    g = graph(module, TAPE)
+    c = context(g, folder, data=data())
+    c.selected = [s for s in c.selected if not names or s.name in names]
+    (fit,) = parse_passes(first)
+    before = {d.site.id: d for d in fit.run(g, c)}
+    c.decisions.update(before)
+    step = parse_passes(heal)[0] if isinstance(heal, str) else heal
+    step.requires(g)
+    after = {d.site.id: d for d in step.run(g, c)}
+    assert list(after) == [s.id for s in c.selected]
+    return g, before, after
+
+
+def error(g: Graph, module: nn.Module) -> float:
+    return certify(graph(module, TAPE).run, g.run, data(1)).estimate
+
+
+def spliced(module: nn.Module, decisions: Mapping[str, Decision]) -> Graph:
+    g = graph(module, TAPE)
+    for site in sites(g):
+        d = decisions[site.id]
+        if d.operator is not None:
+            g.splice(site, d.operator, d.shift)
+    return g
+
+
+@pytest.mark.parametrize("options", ["", ":guided=true", ":weighted=true", ":average=0.9"])
+@pytest.mark.parametrize("first", ["low-rank:params=0.5", "monarch:params=0.5", "armor:params=0.9:block=4"])
+def test_every_family_gets_better(options: str, first: str, tmp_path: Path) -> None:
+    module = Blocks()
+    g, before, after = healed(tmp_path, module, f"heal:steps=80{options}", first)
+    assert error(g, module) < error(spliced(module, before), module)
+    for key, d in after.items():
+        assert "healed: loss on held-back samples" in d.reason and "in 80 steps" in d.reason
+        assert d.operator is not None and type(d.operator) is type(before[key].operator)
+        assert (d.structure, d.after, d.before) == (before[key].structure, before[key].after, before[key].before)
+
+
+def test_the_graph_holds_what_the_decisions_say(tmp_path: Path) -> None:
+    module = Blocks()
+    g, _, after = healed(tmp_path, module, "heal:steps=30:guided=true")
+    (name,) = g.output_names()
+    x = {"x": normal(2, 3, WIDTH, seed=7)}
+    rtol, atol = EQUAL[torch.float32]
+    torch.testing.assert_close(g.run(x)[name], spliced(module, after).run(x)[name], rtol=rtol, atol=atol)
+    assert not any(t.requires_grad for d in after.values() if d.operator for t in flatten(d.operator)[0])
+
+
+def test_biases_train_where_there_are_some(tmp_path: Path) -> None:
+    for bias in (True, False):
+        _, before, after = healed(tmp_path / str(bias), Blocks(bias), "heal:steps=20")
+        for key, d in after.items():
+            if d.site.name.startswith("b") and not bias:
+                assert d.shift is None
+            else:
+                assert d.shift is not None and before[key].shift is not None and not torch.equal(d.shift, before[key].shift)
+
+
+def test_exact_sites_and_kept_ones_are_left_alone(tmp_path: Path) -> None:
+    _, before, after = healed(tmp_path, Blocks(exact=True), "heal:steps=10", "auto:params=0.5", ("a.0", "b.0", "a.1"))
+    by_name = {d.site.name: (before[d.site.id], d) for d in after.values()}
+    assert set(by_name) == {"a.0", "b.0", "a.1"}
+    was, now = by_name["a.0"]
+    assert was.exact and now is was
+    assert by_name["b.0"][1] is not by_name["b.0"][0]
+
+
+def test_a_site_that_nothing_rewrote_has_its_reason(tmp_path: Path) -> None:
+    g = graph(Blocks(), TAPE)
+    decisions = list(Heal(steps=1).run(g, context(g, tmp_path, data=data())))
+    assert len(decisions) == 6 and all("none rewrote this one" in d.reason and not d.rewritten for d in decisions)
+
+
+def test_half_precision_is_left_as_it_was(tmp_path: Path) -> None:
+    g = graph(Blocks().to(torch.bfloat16), TAPE.replace("float32", "bfloat16"))
+    c = context(g, tmp_path, data=samples(*[{"x": b["x"].bfloat16()} for b in data().batches]))
+    (fit,) = parse_passes("low-rank:params=0.5")
+    c.decisions.update({d.site.id: d for d in fit.run(g, c)})
+    assert all(d is c.decisions[d.site.id] for d in Heal(steps=1).run(g, c))
+
+
+def test_training_that_does_not_help_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rising = iter(range(1, 1000))
+    monkeypatch.setattr(session.Session, "_of", lambda self, i, loss, grad: self._probe(grad), raising=True)
+    weights: list[Tensor] = []
+
+    def probe(self: session.Session, grad: bool) -> Tensor:
+        if not grad:
+            return torch.tensor(float(next(rising)))
+        if not weights:
+            weights.extend(t for names in self.graph._trained.values() for t in (self.graph.program.state_dict[n] for n in names))  # type: ignore[attr-defined]
+        return sum((t.square().sum() for t in weights if t.requires_grad), torch.zeros(()))
+
+    monkeypatch.setattr(session.Session, "_probe", probe, raising=False)
+    _, before, after = healed(tmp_path, Blocks(), "heal:steps=12")
+    for key, d in after.items():
+        assert "healing did not help" in d.reason
+        assert d.operator is before[key].operator and d.shift is before[key].shift
+
+
+def test_a_failure_leaves_the_graph_as_it_was(tmp_path: Path) -> None:
+    def fails(outputs: Mapping[str, Tensor], feeds: Feeds) -> Tensor:
+        raise ZeroDivisionError("mine")
+
+    module = Blocks()
+    g = graph(module, TAPE)
+    c = context(g, tmp_path, data=data())
+    (fit,) = parse_passes("low-rank:params=0.5")
+    c.decisions.update({d.site.id: d for d in fit.run(g, c)})
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        list(Heal(steps=3, loss=fails).run(g, c))
+    (name,) = g.output_names()
+    x = {"x": normal(2, 3, WIDTH, seed=7)}
+    rtol, atol = EQUAL[torch.float32]
+    torch.testing.assert_close(g.run(x)[name], spliced(module, c.decisions).run(x)[name], rtol=rtol, atol=atol)
+
+
+def test_steps_are_reproducible(tmp_path: Path) -> None:
+    found = [healed(tmp_path / str(i), Blocks(), "heal:steps=12")[2] for i in range(2)]
+    for key, d in found[0].items():
+        other = found[1][key].operator
+        assert d.operator is not None and other is not None
+        assert all(torch.equal(a, b) for a, b in zip(flatten(d.operator)[0], flatten(other)[0], strict=True))
+
+
+def test_the_minutes_are_a_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that every look moves by a tenth of a second: the dense model's states and the training end within a minute."""
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 0.1
+        return now[0]
+
+    monkeypatch.setattr(training.time, "monotonic", tick)
+    _, _, after = healed(tmp_path, Blocks(), "heal:minutes=1")
+    assert now[0] <= 60.0
+    assert all("healed" in d.reason for d in after.values())
+
+
+def test_the_dense_model_takes_only_a_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has not said by then is not trained on."""
+    now, seen = [0.0], list[int]()
+    put = session.Targets.put
+
+    def slow(self: session.Targets, index: int, found: Mapping[str, Tensor]) -> None:
+        seen.append(index)
+        now[0] += 5.0
+        put(self, index, found)
+
+    monkeypatch.setattr(session.Targets, "put", slow)
+    monkeypatch.setattr(training.time, "monotonic", lambda: now.__setitem__(0, now[0] + 0.1) or now[0])
+    healed(tmp_path, Blocks(), "heal:minutes=1")
+    assert seen[:2] == [0, 8] and 3 <= len(seen) <= 5
+
+
+def test_own_data_and_loss(tmp_path: Path) -> None:
+    """Labels come with the feeds, and the outputs go where they say, away from the dense model's."""
+    goal = normal(WIDTH, seed=77)
+    feeds = [{**batch, "label": goal.expand(*batch["x"].shape)} for batch in data(2).batches]
+
+    def loss(outputs: Mapping[str, Tensor], given: Feeds) -> Tensor:
+        (y,) = outputs.values()
+        return (y - given["label"]).square().mean()
+
+    module = Blocks()
+    g, before, after = healed(tmp_path, module, Heal(steps=150, data=iter(feeds), loss=loss))
+
+    def far(one: Graph) -> float:
+        return sum(float(loss(one.run(batch), {"label": goal})) for batch in data(1).batches)
+
+    assert all("healed" in d.reason for d in after.values())
+    assert far(g) < 0.8 * far(spliced(module, before))
+
+
+@pytest.mark.parametrize(
+    ("heal", "said"),
+    [
+        ("heal:minutes=0", "heal:minutes=0.0 is out of range"),
+        ("heal:minutes=20000", "heal:minutes=20000.0 is out of range"),
+        ("heal:rate=0", "heal:rate=0.0 is out of range"),
+        ("heal:rate=1.5", "heal:rate=1.5 is out of range"),
+        ("heal:average=1", "heal:average=1.0 is out of range"),
+        ("heal:data=x.npz", "heal takes data and loss from Python only"),
+        ("heal:loss=mine", "heal takes data and loss from Python only"),
+        ("heal:steps=0", "heal:steps=0 is out of range"),
+    ],
+)
+def test_bad_options(heal: str, said: str) -> None:
+    with pytest.raises(RewriteError, match=said):
+        parse_passes(heal)
+
+
+def test_it_refuses_invented_samples_and_too_few(tmp_path: Path) -> None:
+    g = graph(Blocks(), TAPE)
+    c = context(g, tmp_path, data=data())
+    (fit,) = parse_passes("low-rank:params=0.5")
+    c.decisions.update({d.site.id: d for d in fit.run(g, c)})
+    assert c.calibration.samples is not None
+    c.calibration.samples.invented = True
+    with pytest.raises(RewriteError, match=r"invented inputs are not that; give --data"):
+        list(Heal(steps=1).run(g, c))
+    with pytest.raises(RewriteError, match="heal needs two batches"):
+        list(Heal(steps=1, data=data().batches[:1]).run(g, c))
+
+
+def test_it_refuses_onnx() -> None:
+    g = OnnxGraph(graph(Blocks(), TAPE).to_onnx(20))  # type: ignore[attr-defined]
+    with pytest.raises(RewriteError, match=r"an ONNX model does not; give the torch model"):
+        Heal().requires(g)
+
+
+def test_it_prints_as_it_is_written() -> None:
+    assert spell(Heal(minutes=15.0)) == "heal:minutes=15.0"
+    assert Heal(steps=10, data=data().batches, loss=print, guided=True).spelling() == "heal:steps=10:guided=True"
