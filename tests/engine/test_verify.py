@@ -236,7 +236,7 @@ def test_replications_are_doubled_until_the_precision_is_reached() -> None:
 
 
 def test_a_precision_out_of_reach_is_said() -> None:
-    points, asked = replications(cap=100)
+    points, _ = replications(cap=100)
     found = drawn(points, precision=1e-6)
     assert (found.samples, found.reached) == (4 * REPLICATIONS, False)  # 8 * 16 would be above the cap
     assert drawn(points).precision == 0.05
