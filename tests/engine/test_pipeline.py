@@ -433,17 +433,17 @@ def test_a_site_is_not_given_up_while_more_samples_may_save_it(monkeypatch: pyte
     """A bound between the error and the upper end of a first interval: drawn on until it is outside, all sites stay."""
     net, spec = Net(lambda n, x: n.fc(x), fc=linear(decaying(48, 40))), ("x:float32[batch,40]",)
     options: dict[str, Any] = {"publish": False, "inputs": spec, "passes": "low-rank:rank=4", "force": True}
-    first = run(net, samples=64, **options).report.output_error
-    far = run(net, samples=1 << 12, precision=0.003, **options).report.output_error
+    first = run(net, precision=0.9, **options).report.output_error
+    far = run(net, precision=0.003, **options).report.output_error
     assert first is not None and far is not None
     bound = (max(far.upper, first.estimate) + first.upper) / 2
     assert far.upper < bound < first.upper
-    result = run(net, samples=1 << 12, max_error=bound, **options)
+    result = run(net, precision=0.9, max_error=bound, **options)
     found = result.report.output_error
     assert result.exit_code == 0 and result.report.matched["rewritten"] == 1
-    assert found is not None and found.samples > 64 and found.upper <= bound
+    assert found is not None and found.samples > first.samples and found.upper <= bound
     monkeypatch.setattr("rewriter.verify._undecided", lambda found: False)
-    assert run(net, samples=1 << 12, max_error=bound, **options).report.matched["rewritten"] == 0
+    assert run(net, precision=0.9, max_error=bound, **options).report.matched["rewritten"] == 0
 
 
 def test_a_seed_names_the_certificate(pt2: Path) -> None:
