@@ -176,7 +176,7 @@ def error_lines(error: OutputError, width: int) -> list[str | Text]:
     """The certificate: figure, interval, tail, law."""
     interval = f" +- {number(error.half_width)}" if math.isfinite(error.half_width) else ", no interval"
     norm = "relative L2" if error.norm == "relative_l2" else clean(error.norm)
-    said = f"{norm} error {number(error.estimate)}{interval} ({error.confidence:.0%}, Student-t over {replications(error)})"
+    said = f"{norm} error {number(error.estimate)}{interval} ({error.confidence:.0%}, Student-t over {_replications(error)})"
     said += f", p99 {number(error.p99)}, max {number(error.max)}"
     said += f", cosine {error.cosine:.4f}" if error.cosine is not None else ""
     said += f"; bound {error.bound:g}" if error.bound is not None else "; no bound was asked"
@@ -193,7 +193,7 @@ def error_lines(error: OutputError, width: int) -> list[str | Text]:
     return lines
 
 
-def replications(error: OutputError | Beside) -> str:
+def _replications(error: OutputError | Beside) -> str:
     each = error.samples / max(error.replications, 1)
     return f"{error.replications} replications of {'' if each.is_integer() else 'about '}{each:.0f}"
 
@@ -210,7 +210,7 @@ def _beside(other: Beside) -> str:
         return f"no figure on inputs that are {clean(other.law)}: {clean(other.note)}"
     half = ", no interval" if other.half_width is None else f" +- {number(other.half_width)}"
     tail = ", ".join(f"{name} {number(value)}" for name, value in (("p99", other.p99), ("max", other.max)) if value is not None)
-    return f"{number(other.estimate)}{half} ({replications(other)}), {tail}, on inputs that are {clean(other.law)}"
+    return f"{number(other.estimate)}{half} ({_replications(other)}), {tail}, on inputs that are {clean(other.law)}"
 
 
 def latency_lines(rows: Sequence[Latency], width: int) -> list[str | Text]:
