@@ -42,10 +42,10 @@ def transform(
     opset: o.Opset = Options.opset, inputs: o.Inputs = None, data: o.Data = None, samples: o.Samples = Options.samples,
     dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None, adapters: o.Adapters = None, trust_pickle: o.TrustPickle = False,
     include: o.Include = None, exclude: o.Exclude = None, budget: o.Budget = None, objective: o.Objective = None,
-    max_error: o.MaxError = None, metric: o.Metric = None, tokens: o.Tokens = Options.tokens, report: o.Report = None,
-    seed: o.Seed = Options.seed, threads: o.Threads = Options.threads, cache: o.Cache = None, provider: o.Provider = Options.provider,
-    timing: o.Timing = True, flatten: o.Flatten = False, allow_noop: o.AllowNoop = False, force: o.Force = False,
-    quiet: o.Quiet = False, debug: o.Debug = False,
+    max_error: o.MaxError = None, precision: o.Precision = None, metric: o.Metric = None, tokens: o.Tokens = Options.tokens,
+    report: o.Report = None, seed: o.Seed = Options.seed, threads: o.Threads = Options.threads, cache: o.Cache = None,
+    provider: o.Provider = Options.provider, timing: o.Timing = True, flatten: o.Flatten = False, allow_noop: o.AllowNoop = False,
+    force: o.Force = False, quiet: o.Quiet = False, debug: o.Debug = False,
 ) -> None:  # fmt: skip
     options = _options(context.params)
     planning = context.command.name == "plan"
@@ -62,7 +62,8 @@ def transform(
 def verify(
     context: typer.Context, a: o.A, b: o.B, inputs: o.Inputs = None, data: o.Data = None, samples: o.Samples = Options.samples,
     dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None, trust_pickle: o.TrustPickle = False,
-    max_error: o.MaxError = None, metric: o.Metric = None, seed: o.Seed = Options.seed, quiet: o.Quiet = False, debug: o.Debug = False,
+    max_error: o.MaxError = None, precision: o.Precision = None, metric: o.Metric = None, seed: o.Seed = Options.seed,
+    quiet: o.Quiet = False, debug: o.Debug = False,
 ) -> None:  # fmt: skip
     """How far B's outputs are from A's, with an interval; exit 3 where --max-error is exceeded."""
     options = _options(context.params)

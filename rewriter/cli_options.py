@@ -65,6 +65,10 @@ MaxError = Annotated[
         CHOICE, "--max-error", "X", "relative L2 error of the worst output, upper end of its interval; sites are given up until it holds"
     ),
 ]
+Precision = Annotated[
+    float | None,
+    _option(CHOICE, "--precision", "P", "invent samples until the interval's half-width is this share of the error  [default: 0.05]"),
+]
 Metric = Annotated[str | None, _option(CHOICE, "--metric", "MODULE:FUNCTION", "a further figure: f(dense, rewritten, feeds) -> float")]
 Tokens = Annotated[str, _option(CHOICE, "--tokens", "N,...", "token counts that a call brings; speed is judged at these", default=True)]
 

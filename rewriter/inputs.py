@@ -1,7 +1,8 @@
 """What goes into a model: how a user spells an input, and how samples are invented where there are none.
 
 A specification is `NAME:DTYPE[DIM,...]`; a number is a fixed dimension, a word a dynamic one, and `past+seq` the sum of two.
-Invented floats are scrambled Sobol' normals, invented ids are uniform over the table that they index, invented masks are ones.
+Invented floats are standard normals, invented ids are uniform over the table that they index, both from scrambled Sobol' points over all
+inputs together; invented masks are ones.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriteError
+from rewriter.points import uniform_points
 
 Dim = int | str
 _SPEC = re.compile(r"\s*([A-Za-z_][\w.]*)\s*:\s*(\w+)\s*\[([^\[\]]*)\]\s*")
 _DIM = re.compile(r"\d+|[A-Za-z_]\w*(\+[A-Za-z_]\w*)*")
 _SHAPE_OF_SPEC = "NAME:DTYPE[DIM,...], for example ids:int64[batch,seq]"
-SOBOL_CHUNK = 1024  # dimensions that share one net; scipy's own maximum is 21201
 DEFAULT_SIZE = 32
 
 
@@ -77,7 +78,13 @@ class InputLaw:
     @classmethod
     def invented(cls, specs: Sequence[InputSpec], bounds: Mapping[str, int]) -> InputLaw:
         parts = list(dict.fromkeys(_law_of(spec, bounds) for spec in specs))
-        return cls("invented: " + ", ".join(parts))
+        drawn = any(_is_drawn(spec, bounds) for spec in specs)
+        return cls("invented: " + ", ".join(parts) + ("; scrambled Sobol' points" if drawn else ""))
+
+
+def _is_drawn(spec: InputSpec, bounds: Mapping[str, int]) -> bool:
+    """Whether chance has a say in the input: a float, or an id of a table that bounds it."""
+    return not (spec.is_mask or spec.is_position) and (spec.torch_dtype.is_floating_point or spec.name in bounds)
 
 
 def _law_of(spec: InputSpec, bounds: Mapping[str, int]) -> str:
@@ -86,7 +93,7 @@ def _law_of(spec: InputSpec, bounds: Mapping[str, int]) -> str:
     if spec.is_position:
         return "positions in order"
     if spec.torch_dtype.is_floating_point:
-        return "Sobol' normals"
+        return "standard normals"
     if spec.name not in bounds:
         return "token types of zero"
     return f"uniform {'token types' if spec.is_token_type else 'token ids'} below {bounds[spec.name]}"
@@ -152,24 +159,38 @@ def fill_sizes(specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> dict[str
     return {name: sizes.get(name, 1 if name in first else DEFAULT_SIZE) for name in names}
 
 
-def invent(specs: Sequence[InputSpec], sizes: Mapping[str, int], bounds: Mapping[str, int], samples: int, seed: int) -> dict[str, Tensor]:
-    """Samples along axis 0 of every input. A fixed first dimension of k rounds their number up to a multiple of k."""
+def invent(
+    specs: Sequence[InputSpec],
+    sizes: Mapping[str, int],
+    bounds: Mapping[str, int],
+    samples: int,
+    seed: int,
+    replication: int = 0,
+    start: int = 0,
+) -> dict[str, Tensor]:
+    """Samples start to start + samples of a replication, along axis 0 of every input; replications are scramblings of their own.
+
+    A fixed first dimension of k rounds their number up to a multiple of k.
+    """
     for spec in specs:
         _check_inventable(spec, bounds)
     rows = _rows(specs, samples)
-    generator = torch.Generator().manual_seed(seed)
     shapes = {spec.name: (rows, *(dim_size(dim, sizes) for dim in spec.dims[1:])) for spec in specs}
+    widths = [torch.Size(shapes[spec.name][1:]).numel() if _is_drawn(spec, bounds) else 0 for spec in specs]
+    points = uniform_points(rows, max(sum(widths), 1), (seed, replication), start)[:, : sum(widths)]
     drawn = {}
-    for position, spec in enumerate(specs):
+    for spec, columns in zip(specs, points.split(widths, 1), strict=True):
         shape, dtype = shapes[spec.name], spec.torch_dtype
         if spec.is_mask:
             drawn[spec.name] = torch.ones(shape, dtype=dtype)
         elif spec.is_position:
             drawn[spec.name] = _positions(spec, specs, sizes, shape, bounds)
         elif dtype.is_floating_point:
-            drawn[spec.name] = sobol_normals(shape, seed + 7919 * position).to(dtype)
+            drawn[spec.name] = torch.special.ndtri(columns).to(dtype).reshape(shape)
+        elif spec.name in bounds:
+            drawn[spec.name] = (columns * bounds[spec.name]).to(dtype).reshape(shape)  # rounded down
         else:
-            drawn[spec.name] = torch.randint(bounds.get(spec.name, 1), shape, generator=generator).to(dtype)
+            drawn[spec.name] = torch.zeros(shape, dtype=dtype)
     return drawn
 
 
@@ -203,27 +224,6 @@ def _positions(
     start = dim_size(whole, sizes) - dim_size(last, sizes) if len(shape) > 1 else 0
     row = torch.arange(start, start + shape[-1]).clamp(max=bounds.get(spec.name, start + shape[-1]) - 1)
     return row.to(spec.torch_dtype).expand(shape).clone()
-
-
-def sobol_normals(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normals whose rows are a scrambled Sobol' net, float32.
-
-    Long rows take one independently scrambled net for each chunk of dimensions, the rows of each in an order of its own
-    (Latin supercube sampling, Owen 1998): without the shuffle the chunks would be functions of one another.
-    """
-    import numpy as np
-    from scipy.special import ndtri
-    from scipy.stats import qmc
-
-    rows, width = shape[0], torch.Size(shape[1:]).numel()
-    rng = np.random.default_rng(seed)
-    out = np.empty((rows, width), dtype=np.float32)
-    for start in range(0, width, SOBOL_CHUNK):
-        chunk = min(SOBOL_CHUNK, width - start)
-        # 2**m points are a net; the engine warns on any other count, so draw the next power and keep the first rows
-        points = qmc.Sobol(chunk, scramble=True, rng=rng).random_base2(max(rows - 1, 0).bit_length())[:rows]
-        out[:, start : start + chunk] = ndtri(rng.permutation(points + 2.0**-31))  # points lie on multiples of 2**-30: step off zero
-    return torch.from_numpy(out).reshape(shape)
 
 
 def batches(samples: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -35,6 +35,7 @@ class Options:
     budget: str | None = None  # params=0.5
     objective: str | None = None
     max_error: float | None = None
+    precision: float | None = None  # half width over estimate
     metric: str | None = None
     tokens: str = "1,256"
     seed: int = 0
@@ -56,6 +57,8 @@ class Options:
             raise RewriteError(f"--objective {self.objective} is unknown; give one of {', '.join(OBJECTIVES)}")
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
             raise RewriteError(f"--max-error {self.max_error} is out of range; give a relative error of at least 0, such as 0.1")
+        if self.precision is not None and not 0 < self.precision < 1:
+            raise RewriteError(f"--precision {self.precision} is out of range; give a share of the error above 0 and below 1, such as 0.01")
         if not 0 <= self.seed < SEEDS:
             raise RewriteError(f"--seed {self.seed} is out of range; give a whole number from 0 to {SEEDS - 1}")
         for option, value in (("--threads", self.threads), ("--samples", self.samples)):

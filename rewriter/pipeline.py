@@ -8,17 +8,15 @@ import importlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rewriter import registry, sampling
 from rewriter.backend import EmitOptions, Target
 from rewriter.cache import FitCache
-from rewriter.calibrate import Calibration, Feeds, Samples
+from rewriter.calibrate import Calibration
 from rewriter.errors import RewriteError
 from rewriter.fit import site_cost
 from rewriter.gate import not_smaller, refused, tolerance
@@ -35,7 +33,7 @@ from rewriter.progress import Progress
 from rewriter.report import Latency, OutputError, Report, site_row
 from rewriter.rule import AbstractPass, Context, Decision
 from rewriter.select import select
-from rewriter.verify import certify, load_metric
+from rewriter.verify import Run, beside, certify, load_metric
 from rewriter.versions import versions, warn_untested
 
 UNSEEN = "no pass looked at it"
@@ -96,7 +94,7 @@ def plan(model: Any, options: Options, data: Any = None, passes: Sequence[Abstra
     """The same decisions and fits, kept in the cache; nothing is written."""
     job = _prepare(model, options, data, passes)
     failure = _decide(job)
-    error = _certificate(job, job.graph.run, job.samples.held_out) if job.lossy else None
+    error = _with_surrogate(job, job.graph.run, _certificate(job, job.graph.run)) if job.lossy else None
     text = f"{job.rewritten} of {len(job.sites)} sites would be rewritten; `rewrite` with the same options reuses these fits"
     if failure is not None:
         text = failure[1]
@@ -109,8 +107,12 @@ def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
     """How far B's outputs are from A's, on --data or invented inputs."""
     first, second = _open(a, options), _open(b, options)
     _same_interface(first.graph, second.graph)
-    samples = sampling.everything(first, options.data, options.samples, options.seed)
-    found = certify(first.graph.run, second.graph.run, samples, options.max_error, load_metric(options.metric))
+    samples = sampling.everything(first, options.data, options.samples, options.seed, options.precision is not None)
+    metric = load_metric(options.metric)
+    found = certify(first.graph.run, second.graph.run, samples, options.max_error, metric, options.precision)
+    if options.data is not None:
+        surrogate = sampling.surrogate(first, options.seed)
+        found = dataclasses.replace(found, beside=beside(first.graph.run, second.graph.run, surrogate, found.output))
     return found, 3 if options.max_error is not None and found.upper > options.max_error else 0
 
 
@@ -163,7 +165,8 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
     sites = [site for detect in registry.detectors() for site in detect(graph)]
     selected, out = select(sites, options.include, options.exclude)
     decisions = {s.id: Decision(s, reason, site_cost(s), site_cost(s)) for s, reason in out}
-    samples = sampling.collect(source, data if data is not None else options.data, options.samples, options.seed)
+    given = data if data is not None else options.data
+    samples = sampling.collect(source, given, options.samples, options.seed, options.precision is not None)
     for step in passes:
         step.requires(graph)
     context = _context(options, passes, target, Calibration(graph, samples.calibration, progress), selected, decisions)
@@ -244,7 +247,7 @@ def _bound(job: Job, bound: float) -> tuple[int, str] | None:
         for decision in lossy[len(given_up) : count]:
             job.graph.restore(decision.site)
         given_up[:] = lossy[:count]
-        return _certificate(job, job.graph.run, job.samples.held_out).upper <= bound
+        return _certificate(job, job.graph.run).upper <= bound
 
     low, high = 0, len(lossy)
     if not holds(0):
@@ -270,8 +273,16 @@ def _why_nothing(job: Job) -> str:
     return f"{len(job.sites)} sites were kept, {reasons.count(most)} of them because: {most}"
 
 
-def _certificate(job: Job, run: Callable[[Feeds], Mapping[str, Tensor]], samples: Samples) -> OutputError:
-    return certify(job.reference, run, samples, job.options.max_error, load_metric(job.options.metric))
+def _certificate(job: Job, run: Run) -> OutputError:
+    options = job.options
+    return certify(job.reference, run, job.samples.held_out, options.max_error, load_metric(options.metric), options.precision)
+
+
+def _with_surrogate(job: Job, run: Run, error: OutputError) -> OutputError:
+    """Beside the figure on the user's data, the one on invented inputs: how much hangs on the law."""
+    if job.samples.calibration.invented:
+        return error
+    return dataclasses.replace(error, beside=beside(job.reference, run, sampling.surrogate(job.source, job.options.seed), error.output))
 
 
 def _emit(job: Job, out: Path | None) -> Result:
@@ -297,7 +308,7 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     emitted = folder / name
     job.target.emit(job.graph, emitted, emission)
     runner = job.target.open(emitted, options.threads)
-    error = _certificate(job, runner, job.samples.held_out)
+    error = _with_surrogate(job, runner, _certificate(job, runner))
     failure = refused(job, error)
     if failure is None and any(isinstance(d.operator, AbstractRecurrence) for d in job.decisions.values()):
         allowed = None if job.lossy else tolerance(job)

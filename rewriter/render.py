@@ -20,7 +20,7 @@ from rewriter.table import change, clean, columns, count, fold, middle, nbytes, 
 
 if TYPE_CHECKING:
     from rewriter.pipeline import Result
-    from rewriter.report import Latency, OutputError, Report, SiteRow
+    from rewriter.report import Beside, Latency, OutputError, Report, SiteRow
 
 WIDTH = 120
 EACH = 8  # sites that are kept for like reasons are listed one by one up to here
@@ -176,17 +176,41 @@ def error_lines(error: OutputError, width: int) -> list[str | Text]:
     """The certificate: figure, interval, tail, law."""
     interval = f" +- {number(error.half_width)}" if math.isfinite(error.half_width) else ", no interval"
     norm = "relative L2" if error.norm == "relative_l2" else clean(error.norm)
-    said = f"{norm} error {number(error.estimate)}{interval} ({error.confidence:.0%} over {error.replications} replications)"
+    said = f"{norm} error {number(error.estimate)}{interval} ({error.confidence:.0%}, Student-t over {_replications(error)})"
     said += f", p99 {number(error.p99)}, max {number(error.max)}"
     said += f", cosine {error.cosine:.4f}" if error.cosine is not None else ""
     said += f"; bound {error.bound:g}" if error.bound is not None else "; no bound was asked"
     lines: list[str | Text] = [*fold(f"worst output '{clean(error.output)}': {said}", width, "error   ", "        ")]
     lines += fold(f"on {error.samples} samples, {clean(error.law)}; it holds for such inputs", width, "        ", "        ")
+    if error.precision is not None and not error.reached:
+        lines += fold(_missed(error), width, "        ", "        ")
     if error.metric is not None:
         figures = [error.metric["estimate"], error.metric["half_width"]]
         estimate, half = (number(f) if f is not None else "unknown" for f in figures)
         lines += fold(f"{clean(str(error.metric['name']))}: {estimate} +- {half}", width, "        ", "        ")
+    if error.beside is not None:
+        lines += fold(_beside(error.beside), width, "beside  ", "        ")
     return lines
+
+
+def _replications(error: OutputError | Beside) -> str:
+    each = error.samples / max(error.replications, 1)
+    return f"{error.replications} replications of {'' if each.is_integer() else 'about '}{each:.0f}"
+
+
+def _missed(error: OutputError) -> str:
+    """Why the interval is wider than it was asked to be, and what makes it narrower."""
+    way = "--samples draws more" if "invented" in error.law else "these are all held-out samples; give more --data"
+    return f"a half-width of {error.precision:.2g} of the error was not reached: {way}"
+
+
+def _beside(other: Beside) -> str:
+    """The figure under the second law."""
+    if other.estimate is None:
+        return f"no figure on inputs that are {clean(other.law)}: {clean(other.note)}"
+    half = ", no interval" if other.half_width is None else f" +- {number(other.half_width)}"
+    tail = ", ".join(f"{name} {number(value)}" for name, value in (("p99", other.p99), ("max", other.max)) if value is not None)
+    return f"{number(other.estimate)}{half} ({_replications(other)}), {tail}, on inputs that are {clean(other.law)}"
 
 
 def latency_lines(rows: Sequence[Latency], width: int) -> list[str | Text]:

@@ -40,6 +40,20 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """The same output's error under a second law of inputs; null with a note where a model does not take such inputs."""
+
+    law: str
+    estimate: float | None
+    half_width: float | None
+    p99: float | None
+    max: float | None
+    samples: int
+    replications: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class OutputError:
     """The certificate of the worst output against the dense model; `half_width` at `confidence` over replications."""
 
@@ -56,6 +70,9 @@ class OutputError:
     bound: float | None
     replications: int = 0
     metric: dict[str, Any] | None = None  # --metric: its name, estimate and half_width
+    precision: float | None = None  # half width over estimate that was asked for; invented samples are drawn until it is reached
+    reached: bool | None = None  # whether it was
+    beside: Beside | None = None  # on invented inputs, where the user gave data
 
     @property
     def upper(self) -> float:
@@ -160,7 +177,8 @@ def _output_error(content: Mapping[str, Any] | None) -> OutputError | None:
     if content is None:
         return None
     unknown = {name: math.inf for name in ("estimate", "half_width", "p99", "max") if content[name] is None}
-    return OutputError(**{**content, **unknown})
+    second = content.get("beside")
+    return OutputError(**{**content, **unknown, "beside": second and Beside(**second)})
 
 
 def site_row(decision: Decision, planned: bool, stored: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype) -> SiteRow:

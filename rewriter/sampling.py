@@ -1,12 +1,13 @@
 """Where samples come from: the user's data, text through the model's tokenizer, or invention; split into calibration and held-out ones.
 
-Figures in a certificate are taken on samples that no fit has seen: every eighth sample is held out.
+Figures in a certificate are taken on samples that no fit has seen: every eighth sample of the user's is held out, and invented ones are
+drawn afresh, in replications that are scramblings of their own and can be drawn on until an interval is as narrow as it was asked to be.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriter.cache import digest
-from rewriter.calibrate import Samples
+from rewriter.calibrate import Feeds, Samples
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Value
 from rewriter.inputs import InputLaw, InputSpec, batches, invent
@@ -23,6 +24,9 @@ from rewriter.inputs import InputLaw, InputSpec, batches, invent
 BATCH = 16
 HOLD_OUT = 8  # every eighth
 LEAST_TO_SPLIT = 32
+REPLICATIONS = 16
+EACH_FIRST = 4  # samples of a replication in the first round
+CAP = 64  # times --samples, where a precision was asked for
 _THROUGH = {
     "cast",
     "identity",
@@ -39,11 +43,21 @@ _THROUGH = {
 
 
 @dataclass(frozen=True)
+class Replicated:
+    """Samples without end: each of REPLICATIONS is a scrambling of its own, and is drawn on by doubling."""
+
+    draw: Callable[[int, int, int], Sequence[Feeds]]  # (replication, start, count) -> batches
+    law: str
+    first: int  # samples of a replication in the first round
+    cap: int  # samples of all replications together
+
+
+@dataclass(frozen=True)
 class Split:
     """Calibration samples and held-out ones; the same ones where there are too few to split, which the law then says."""
 
     calibration: Samples
-    held_out: Samples
+    held_out: Samples | Replicated
 
 
 def index_bounds(graph: Graph, specs: Sequence[InputSpec]) -> dict[str, int]:
@@ -83,17 +97,54 @@ def invented(graph: Graph, specs: Sequence[InputSpec], sizes: Mapping[str, int],
     return Samples(list(batches(feeds, batch or _step(specs))), law, key, invented=True)
 
 
+def replicated(source: Any, count: int, seed: int, precise: bool = False) -> Replicated:
+    """Replications of invented samples: about `count` together at the most, `precise` CAP times as many, and more in the first round.
+
+    A replication's count is a power of two, times a first dimension that is fixed: so its points are a net.
+    """
+    specs, sizes, bounds = source.specs, source.sizes, index_bounds(source.graph, source.specs)
+    fixed = next((spec.dims[0] for spec in specs if spec.dims and isinstance(spec.dims[0], int)), 1)
+
+    def draw(replication: int, start: int, count: int) -> list[Feeds]:
+        return list(batches(invent(specs, sizes, bounds, count, seed, 1 + replication, start), _step(specs)))
+
+    share = max(1, min(EACH_FIRST * (4 if precise else 1), count // REPLICATIONS))
+    first = fixed << max(0, (share // fixed).bit_length() - 1)
+    return Replicated(draw, str(InputLaw.invented(specs, bounds)), first, count * (CAP if precise else 1))
+
+
 def _step(specs: Sequence[InputSpec]) -> int:
     """The batch size: the fixed first dimension where there is one."""
     fixed = [spec.dims[0] for spec in specs if spec.dims and isinstance(spec.dims[0], int)]
     return int(fixed[0]) if fixed else BATCH
 
 
-def collect(source: Any, data: Any, count: int, seed: int) -> Split:
-    """The samples of a run: `data` is None, a path, a mapping of arrays or a list of lines."""
+def surrogate(source: Any, seed: int) -> Replicated:
+    """Invented samples to stand beside the user's: as few as make an interval."""
+    return replicated(source, REPLICATIONS * EACH_FIRST, seed)
+
+
+def collect(source: Any, data: Any, count: int, seed: int, precise: bool = False) -> Split:
+    """The samples of a run: `data` is None, a path, a mapping of arrays or a list of lines; `precise`: as in `replicated`."""
     if data is None:
         first = invented(source.graph, source.specs, source.sizes, count, seed)
-        return Split(first, invented(source.graph, source.specs, source.sizes, max(count // 4, 16), seed + 1))
+        return Split(first, replicated(source, count, seed, precise))
+    return _given(source, data)
+
+
+def everything(source: Any, data: Any, count: int, seed: int, precise: bool = False) -> Samples | Replicated:
+    """All samples, where nothing has to be held out."""
+    if data is None:
+        return replicated(source, count, seed, precise)
+    split = _given(source, data)
+    if split.calibration is split.held_out:
+        return split.calibration
+    law = split.calibration.law
+    assert isinstance(split.held_out, Samples)
+    return Samples([*split.calibration.batches, *split.held_out.batches], law, digest(split.calibration.key, split.held_out.key))
+
+
+def _given(source: Any, data: Any) -> Split:
     if isinstance(data, str | Path):
         return _from_file(source, Path(data))
     if isinstance(data, Mapping):
@@ -101,17 +152,6 @@ def collect(source: Any, data: Any, count: int, seed: int) -> Split:
     if isinstance(data, Tensor) or not all(isinstance(line, str) for line in data):
         raise RewriteError(f"data is a {type(data).__name__}; give a path, a mapping of arrays by input name, or a list of lines of text")
     return _from_lines(source, list(data), "text: given in memory")
-
-
-def everything(source: Any, data: Any, count: int, seed: int) -> Samples:
-    """All samples, where nothing has to be held out."""
-    if data is None:
-        return invented(source.graph, source.specs, source.sizes, count, seed)
-    split = collect(source, data, count, seed)
-    if split.calibration is split.held_out:
-        return split.held_out
-    law = split.calibration.law
-    return Samples([*split.calibration.batches, *split.held_out.batches], law, digest(split.calibration.key, split.held_out.key))
 
 
 def _from_file(source: Any, path: Path) -> Split:

@@ -34,6 +34,7 @@ GIVEN = {
     "budget": (["--budget", "params=0.5"], "params=0.5"),
     "objective": (["--objective", "nbytes"], "nbytes"),
     "max_error": (["--max-error", "0.1"], 0.1),
+    "precision": (["--precision", "0.01"], 0.01),
     "metric": (["--metric", "tasks:accuracy"], "tasks:accuracy"),
     "tokens": (["--tokens", "1,64"], "1,64"),
     "seed": (["--seed", "7"], 7),
@@ -200,10 +201,10 @@ def test_verify(rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch, code: int) ->
         return found, code
 
     monkeypatch.setattr(pipeline, "verify", verify)
-    words = "verify m.pt2 ./m.pt2 --max-error 0.25 --data d.npz --metric a:b --samples 3 --seed 2"
+    words = "verify m.pt2 ./m.pt2 --max-error 0.25 --data d.npz --metric a:b --samples 3 --seed 2 --precision 0.01"
     said = rewrite(*words.split())
     assert said.code == code
-    assert calls == [Options(max_error=0.25, data="d.npz", metric="a:b", samples=3, seed=2)]
+    assert calls == [Options(max_error=0.25, data="d.npz", metric="a:b", samples=3, seed=2, precision=0.01)]
     verdict = "within" if code == 0 else "above"
     assert said.out.splitlines()[-1] == f"relative error at most 0.22 at 95% confidence, {verdict} --max-error 0.25"
 

@@ -26,7 +26,8 @@ def source(spec: str = MLP, encode: Callable[[Any], Any] | None = None) -> Any:
     return SimpleNamespace(graph=graph(Mlp()), specs=[parse_input(spec)], sizes={"batch": 1, "seq": 6}, encode=encode)
 
 
-def seen(samples: Samples) -> Tensor:
+def seen(samples: Samples | sampling.Replicated) -> Tensor:
+    assert isinstance(samples, Samples)
     return torch.cat([batch["x"] for batch in samples.batches])
 
 
@@ -58,18 +59,46 @@ def test_lines_are_split_before_they_are_sorted() -> None:
     assert few.calibration is few.held_out
 
 
+def drawn(split: sampling.Split, replication: int, count: int) -> Tensor:
+    assert isinstance(split.held_out, sampling.Replicated)
+    return torch.cat([batch["x"] for batch in split.held_out.draw(replication, 0, count)])
+
+
 def test_invented_samples_are_drawn_afresh_for_judging() -> None:
-    split = sampling.collect(source(), None, 64, 0)
-    assert split.calibration.invented and not torch.equal(seen(split.calibration)[:16], seen(split.held_out)[:16])
-    again = sampling.collect(source(), None, 64, 0)
+    """No replication that judges is the scrambling that calibrated."""
+    split, again, other = (sampling.collect(source(), None, 64, seed) for seed in (0, 0, 1))
+    assert split.calibration.invented and split.calibration.count == 64
+    sets = [seen(split.calibration), *(drawn(split, r, 64) for r in range(sampling.REPLICATIONS))]
+    assert all(not torch.equal(a, b) for i, a in enumerate(sets) for b in sets[:i])
     assert again.calibration.key == split.calibration.key and torch.equal(seen(again.calibration), seen(split.calibration))
-    assert sampling.collect(source(), None, 64, 1).calibration.key != split.calibration.key
-    assert split.calibration.count == 64 and split.held_out.count == 16
+    assert torch.equal(drawn(again, 3, 8), drawn(split, 3, 8)) and not torch.equal(drawn(other, 3, 8), drawn(split, 3, 8))
+    assert other.calibration.key != split.calibration.key
+    assert split.held_out.law == "invented: standard normals; scrambled Sobol' points" == split.calibration.law
+
+
+@pytest.mark.parametrize(
+    ("spec", "count", "precise", "first", "cap"),
+    [
+        (MLP, 256, False, 4, 256),
+        (MLP, 64, False, 4, 64),
+        (MLP, 3, False, 1, 3),
+        (MLP, 100, False, 4, 100),
+        (MLP, 256, True, 16, 256 * 64),
+        ("x:float32[8,seq,24]", 256, False, 8, 256),
+        ("x:float32[3,seq,24]", 256, True, 12, 256 * 64),
+    ],
+)
+def test_rounds_begin_with_a_power_of_two(spec: str, count: int, precise: bool, first: int, cap: int) -> None:
+    """Times a fixed first dimension, so that every batch is whole."""
+    found = sampling.replicated(source(spec), count, 0, precise)
+    assert (found.first, found.cap) == (first, cap)
+    assert sum(len(batch["x"]) for batch in found.draw(0, 0, found.first)) == found.first
 
 
 def test_everything_keeps_all() -> None:
-    assert sampling.everything(source(), None, 64, 0).count == 64
-    assert sum(rows(b) for b in sampling.everything(source(), {"x": normal(200, 5, WIDTH)}, 0, 0).batches) == 200
+    assert isinstance(sampling.everything(source(), None, 64, 0), sampling.Replicated)
+    every = sampling.everything(source(), {"x": normal(200, 5, WIDTH)}, 0, 0)
+    assert isinstance(every, Samples) and sum(rows(b) for b in every.batches) == 200
 
 
 @pytest.mark.parametrize(

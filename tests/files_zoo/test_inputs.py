@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rewriter.errors import RewriteError
-from rewriter.inputs import InputLaw, InputSpec, batches, dim_names, fill_sizes, invent, parse_dims, parse_input, sobol_normals
+from rewriter.inputs import InputLaw, InputSpec, batches, dim_names, fill_sizes, invent, parse_dims, parse_input
 
 NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,6}", fullmatch=True)
 DTYPES = st.sampled_from(["float32", "float16", "bfloat16", "int64", "int32", "bool"])
@@ -58,7 +59,7 @@ def test_invented_values() -> None:
     assert drawn["position_ids"][0].tolist() == list(range(3, 53))
     again = invent(specs, {"seq": 50, "past": 3}, bounds, 20, 0)
     assert all(torch.equal(drawn[name], again[name]) for name in drawn)
-    assert str(InputLaw.invented(specs[:2], bounds)) == "invented: uniform token ids below 11, masks of ones"
+    assert str(InputLaw.invented(specs[:2], bounds)) == "invented: uniform token ids below 11, masks of ones; scrambled Sobol' points"
 
 
 def test_what_cannot_be_invented() -> None:
@@ -72,20 +73,25 @@ def test_fixed_first_dimension_rounds_up() -> None:
     assert drawn["x"].shape == (8, 3)
 
 
-@pytest.mark.parametrize("width", [1, 5, 1024, 2500])
-def test_normals_look_normal(width: int) -> None:
-    drawn = sobol_normals((256, width), 3).double()
-    assert bool(drawn.isfinite().all())
-    spread = 1 / 256**0.5  # the error of plain sampling; a net's means are far closer
-    assert float(drawn.mean(0).abs().max()) < spread
-    assert not torch.equal(drawn, sobol_normals((256, width), 4).double())
+def test_ids_are_balanced_over_their_table() -> None:
+    """64 points over 16 ids: every column has each four times, which chance would hardly do once."""
+    drawn = invent([parse_input("ids:int64[batch,seq]")], {"batch": 1, "seq": 12}, {"ids": 16}, 64, 0)["ids"]
+    for column in drawn.T:
+        assert torch.bincount(column, minlength=16).tolist() == [4] * 16
 
 
-def test_chunks_are_independent() -> None:
-    """Columns at the same place of two chunks must not be one another's function."""
-    drawn = sobol_normals((512, 2048), 0).double()
-    products = (drawn[:, :1024] * drawn[:, 1024:]).mean(0)
-    assert float(products.square().mean().sqrt()) < 2 / 512**0.5
+def test_replications_are_drawn_apart_and_on() -> None:
+    """All inputs are columns of one net; a replication goes on where it stopped, and another one is another scrambling."""
+    specs = [parse_input("x:float32[batch,3]"), parse_input("y:float32[batch,3]"), parse_input("ids:int64[batch,2]")]
+
+    def drawn(count: int, replication: int, start: int = 0) -> dict[str, Tensor]:
+        return invent(specs, {"batch": 1}, {"ids": 999}, count, 4, replication, start)
+
+    whole, first, rest, other = drawn(8, 1), drawn(4, 1), drawn(4, 1, 4), drawn(8, 2)
+    for name in whole:
+        assert torch.equal(whole[name], torch.cat([first[name], rest[name]]))
+        assert not torch.equal(whole[name], other[name])
+    assert not torch.equal(whole["x"], whole["y"])
 
 
 def test_batches() -> None:
