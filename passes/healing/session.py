@@ -156,6 +156,7 @@ class Session:
             self.recipe.average,
             self.rng,
             lambda progress: mix(faded(progress)),
+            FADED if self.recipe.guided else 0.0,
         )
         *_, came = self.progress.track(steps, "healing", 101)
         return came

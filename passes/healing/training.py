@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Trained:
     before: float
     after: float
     steps: int = 0
-    checks: list[float] = field(default_factory=list)
+    looked: int = 0  # checks that were due by the last one
 
 
 def train(
@@ -60,11 +60,13 @@ def train(
     average: float,
     rng: torch.Generator,
     progressed: Callable[[float], None],
+    since: float = 0.0,
 ) -> Iterator[Trained]:
     """Changes `tensors` in place, yielding what came of it so far, once for each percent of progress and at the end.
 
     loss(batch) is differentiable, `validate` says how good the tensors are as they stand (less is better); `average` > 0: what is validated
-    and kept is the moving average of the weights; `progressed` is told before each step how far the run is.
+    and kept is the moving average of the weights; `progressed` is told before each step how far the run is; nothing is judged before
+    `since` of it.
     """
     size = [max(float(t.detach().square().mean().sqrt()), SMALLEST) for t in tensors]
     adam = torch.optim.Adam([{"params": [t], "size": s} for t, s in zip(tensors, size, strict=True)])
@@ -92,7 +94,8 @@ def train(
             kept.lerp_(now.detach(), 1 - min(average, (came.steps + 1) / (came.steps + 10)))
         came.steps += 1
         longest = max(longest, time.monotonic() - begin)
-        if clock.progress(came.steps) * CHECKS >= len(came.checks) + 1:
+        if (reached := clock.progress(came.steps)) >= since and reached * CHECKS >= came.looked + 1:
+            came.looked = int(reached * CHECKS)
             stale = _keep(came, validated(), tensors, mean, best, stale)
         if (now_percent := int(100 * progress)) > percent:
             percent = now_percent
@@ -106,7 +109,6 @@ def train(
 
 def _keep(came: Trained, found: float, tensors: Sequence[Tensor], mean: Sequence[Tensor], best: Sequence[Tensor], stale: int) -> int:
     """Take the weights as they are where they are the best so far; how many checks in a row were not."""
-    came.checks.append(found)
     if not found < came.after:
         return stale + 1
     came.after = found
