@@ -28,10 +28,10 @@ from rewriter.structure import spell
 class Heal(AbstractPass):
     """minutes: wall clock, kept; steps: so many instead, which is reproducible; rate: the step, relative to each tensor's size;
     guided: start from the dense weight and fade it; weighted: blocks that lag count more; average: the decay of an average of the weights,
-    which is then what is judged and kept.
+    which is then what is judged and kept; data: from Python, an iterable of batches to train on; loss: from Python, loss(outputs, feeds),
+    a scalar that takes the place of the outputs' distance from the dense ones.
 
-    From Python also `data`, an iterable of feeds to train on, and `loss(outputs, feeds)`, a scalar that takes the place of the outputs'
-    distance from the dense ones; feeds may hold more than the model takes, such as labels.
+    Batches may hold more than the model takes, such as labels.
     """
 
     name: ClassVar[str] = "heal"
