@@ -45,6 +45,7 @@ def site_cost(site: Site) -> Cost:
 
 
 def refusal(site: Site) -> str:
+    """Why no pass may rewrite the site at all; "" where one may."""
     if site.reason or site.kind != "linear":
         return site.reason or "no pass for it yet"
     if site.operator is not None:
@@ -58,6 +59,7 @@ def refusal(site: Site) -> str:
 
 
 def keep(site: Site, reason: str) -> Decision:
+    """The site as it is, with the reason."""
     cost = site_cost(site)
     return Decision(site, reason, cost, cost)
 
@@ -80,6 +82,7 @@ def after_cost(site: Site, operator: AbstractMatrix) -> Cost:
 
 
 def discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
+    """The site in the exact form with the fewest numbers, or kept where its weight cannot be used; None where nothing exact is smaller."""
     weight = usable_weight(graph, site)
     if isinstance(weight, str):
         return keep(site, weight)
@@ -107,6 +110,7 @@ def fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
 
 
 def cached(context: Context, site: Site, key: str) -> Decision | None:
+    """The remembered decision under a key, None where there is none."""
     entry = context.fits.get(key)
     if entry is None:
         return None
