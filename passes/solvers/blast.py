@@ -110,7 +110,7 @@ class _Fit(AbstractProblem[str, _Move]):
         corners = torch.stack([h[c * self.q : (c + 1) * self.q, c * self.q : (c + 1) * self.q] for c in range(b)])
         self.corners = cholesky(corners, RIDGE).to(work)  # (b, q, q)
         self.second, self.target = h.to(work).view(-1, b, self.q), target.to(work)  # (b q, b, q) H, (b p, b q) W H
-        starts = (self._at(*(factor.to(work) for factor in start)) for start in _starts(padded, h, b, min(rank, m, n)))
+        starts = (self._at(*(factor.to(work) for factor in start)) for start in _starts(padded, h, b, rank))
         self.loss, self.point = min(((self.objective(at), at) for at in starts), key=lambda pair: pair[0])
         self.before = self.latest = self.point  # where the last two sweeps ended
 
@@ -180,7 +180,7 @@ class _Fit(AbstractProblem[str, _Move]):
         return _Move(float(change), self._at(at.left, at.coupling, at.right + step))
 
     def ahead(self) -> _Move:
-        """Twice as far while the objective falls, else half as far; T is linear along the way, G quadratic."""
+        """Twice as far while the objective falls, else half as far while it does; T is linear along the way, G quadratic."""
         at, last, here = self.latest, self.before, self.objective(self.point)
         u, s, v, t = (getattr(at, name) - getattr(last, name) for name in ("left", "coupling", "right", "image"))
         bent = self._gram(v)
@@ -191,14 +191,13 @@ class _Fit(AbstractProblem[str, _Move]):
             point = _Point(at.left + x * u, at.coupling + x * s, at.right + x * v, at.image + x * t, gram)
             return _Move(self.objective(point) - here, point)
 
-        stride, best = 1.0, at_stride(1.0)
-        factor = 2.0 if best.change < 0 else 0.5
-        while 0.25 <= stride <= 8:
-            stride *= factor
-            further = at_stride(stride)
-            if not further.change < best.change:
+        first = best = at_stride(1.0)
+        for factor in (2.0, 0.5) if first.change < 0 else (0.5,):
+            stride = factor
+            while 0.25 <= stride <= 8 and (further := at_stride(stride)).change < best.change:
+                stride, best = stride * factor, further
+            if best is not first:
                 break
-            best = further
         return best
 
     def _at(self, left: Tensor, coupling: Tensor, right: Tensor) -> _Point:
@@ -227,11 +226,9 @@ def _normal(at: _Point) -> Tensor:
 
 
 def _starts(weight: Tensor, second: Tensor, b: int, rank: int) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
-    """(U, s, V) of the best low rank and of a grid with the rest on its residual, float64; a rank below b has no grid."""
+    """(U, s, V) of the best low rank and of a grid with the rest on its residual, float64."""
     low = _low_rank(weight, second, b, rank)
     each = rank // b
-    if each == 0:
-        return [low]
     blocks = refit(weight, second, descend(weight, second, b, b, each, sweeps=0))  # left (k, g, p, r), right (k, g, r, q)
     t = torch.arange(b)
     column = (t[None, :] - t[:, None]) % b  # [i, t] -> j

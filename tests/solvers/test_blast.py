@@ -91,6 +91,25 @@ def test_exact_moves_end_where_autograd_sees_no_slope(
     assert float(slope.norm()) <= EXACT[torch.float32] * float(weight.square().sum()) * max(1.0, float(factors[name].detach().norm()))
 
 
+def test_the_step_ahead_looks_for_its_length() -> None:
+    """It is as good as the strides about it, and not always one."""
+    best = []
+    for m, n, b, rank in GRIDS[:4]:
+        fit = SharedFit(decaying(m, n), anisotropic(n).second, b, rank)
+        for _ in range(3):
+            fit.descend(1)
+            problem = fit._problem
+            at = problem.point = problem.latest  # as it was before the last step ahead
+            last, at_stride = problem.before, {}
+            for stride in (0.5, 1.0, 2.0):
+                moved = [getattr(at, name) + stride * (getattr(at, name) - getattr(last, name)) for name in ("left", "coupling", "right")]
+                at_stride[stride] = problem.objective(problem._at(*moved)) - problem.objective(problem.point)
+            slack = EQUAL[torch.float64][0] * fit.losses[0]
+            assert problem.ahead().change <= min(at_stride.values()) + slack
+            best.append(min(at_stride, key=lambda stride: at_stride[stride]))
+    assert set(best) != {1.0}
+
+
 def test_it_leaves_the_low_rank_start_without_noise() -> None:
     weight, second = decaying(48, 64), anisotropic(64).second
     fit = SharedFit(weight, second, 4, 12)
