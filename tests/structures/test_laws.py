@@ -19,9 +19,11 @@ from .inputs import anisotropic, decaying, generator
 
 load_structures()
 MINE = ("low-rank", "pivoted-low-rank", "block-dense", "monarch", "block-shuffle", "block-diagonal", "nm-sparse")
-OPERATORS = ("LowRank", "PivotedLowRank", "BlockDense", "Monarch", "UnequalBlocks", "HouseholderProduct", "Sparse")
+FITTED = (*MINE, "blast")  # blast: a descent that need not end at a planted member, and no discovery
+OPERATORS = ("LowRank", "PivotedLowRank", "BlockDense", "Monarch", "UnequalBlocks", "HouseholderProduct", "Sparse", "Blast")
 SHAPES = [(48, 64), (64, 48), (37, 53), (53, 37), (96, 30), (40, 101)]
 structures = pytest.mark.parametrize("name", MINE)
+fitted = pytest.mark.parametrize("name", FITTED)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 sides = st.integers(1, 70)
@@ -40,7 +42,7 @@ def member(name: str, m: int, n: int, seed: int) -> Fitted | None:
     return fit if isinstance(fit, Fitted) else None
 
 
-@structures
+@fitted
 @shapes
 def test_fit_keeps_shape_limit_and_says_its_error(name: str, shape: tuple[int, int]) -> None:
     weight, moments = decaying(*shape), anisotropic(shape[1])
@@ -95,7 +97,7 @@ def test_generic_weights_are_rejected_also_with_zeros_and_decay(name: str) -> No
         assert isinstance(structure(name).discover(weight), NoMatch)
 
 
-@structures
+@fitted
 @shapes
 def test_more_numbers_are_not_worse(name: str, shape: tuple[int, int]) -> None:
     weight, moments = decaying(*shape), anisotropic(shape[1])
@@ -104,7 +106,7 @@ def test_more_numbers_are_not_worse(name: str, shape: tuple[int, int]) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-@structures
+@fitted
 def test_same_input_same_bytes(name: str) -> None:
     weight, moments = decaying(37, 53), anisotropic(53)
     first, second = (structure(name).fit(weight, moments, 37 * 53 // 2, generator(7)) for _ in range(2))
@@ -129,7 +131,7 @@ def test_weights_without_answer_are_refused_in_words(name: str) -> None:
         structure(name).fit(torch.ones(8, 11), isotropic(12), 48, generator(0))
 
 
-@structures
+@fitted
 @pytest.mark.parametrize("shape", [(1, 1), (1, 24), (24, 1), (2, 3), (12, 20)], ids=str)
 def test_zero_and_thin_weights(name: str, shape: tuple[int, int]) -> None:
     for weight in (torch.zeros(shape), torch.ones(shape)):
@@ -141,7 +143,7 @@ def test_zero_and_thin_weights(name: str, shape: tuple[int, int]) -> None:
             assert torch.allclose(found.operator.dense(), weight, *EQUAL[torch.float32])
 
 
-@structures
+@fitted
 def test_options_are_kept_or_refused_with_numbers(name: str) -> None:
     weight, moments = decaying(37, 53), anisotropic(53)
     fit = structure(name).fit(weight, moments, 37 * 53 // 2, generator(0))
@@ -155,7 +157,7 @@ def test_options_are_kept_or_refused_with_numbers(name: str) -> None:
     assert str(fit.operator.cost().params) in refused.reason
 
 
-@structures
+@fitted
 def test_few_calibration_rows_and_dead_inputs(name: str) -> None:
     weight = decaying(30, 44)
     rows = torch.randn(6, 44, generator=generator(0), dtype=torch.float64)
