@@ -27,7 +27,7 @@ class Auto(AbstractPass):
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         check_share(self.params, "auto:params")
-        families = [kind() for kind in structures().values() if not kind.preset]
+        families = [kind() for kind in structures().values() if not kind.named_only]
         lossy = self.params is not None or context.budget is not None or context.consent
         share = self.params or (1.0 if context.budget else HALF)
         yield from decide_all(graph, context, Plan(families, lossy, share, budget=context.budget))

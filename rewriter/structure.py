@@ -51,7 +51,7 @@ class AbstractStructure(abc.ABC):
 
     name: ClassVar[str]
     iterative: ClassVar[bool] = False  # fits in sweeps: tried after the closed forms, where `promising`
-    preset: ClassVar[bool] = False  # a member of another family under its own name: not for `auto`, which has the family
+    named_only: ClassVar[bool] = False  # not for `auto`: another family has its members, or it runs slower than what it replaces
     kinds: ClassVar[dict[str, type[AbstractStructure]]] = {}
 
     def __init_subclass__(cls) -> None:

@@ -62,6 +62,7 @@ class BlastStructure(AbstractStructure):
     """blocks: b, of rows and of columns, by default the best of 2, 4, 8; rank: columns that a row or column of blocks shares, as fits."""
 
     iterative: ClassVar[bool] = True
+    named_only: ClassVar[bool] = True  # its mixing of small blocks runs slower than the dense weight on ONNX Runtime
     name: ClassVar[str] = "blast"
     blocks: int | None = None
     rank: int | None = None

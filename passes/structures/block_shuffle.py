@@ -24,7 +24,7 @@ class BlockShuffleStructure(AbstractStructure):
     """blocks: of both factors; by default the fewest that the limit admits."""
 
     name: ClassVar[str] = "block-shuffle"
-    preset: ClassVar[bool] = True
+    named_only: ClassVar[bool] = True
     blocks: int | None = None
 
     def fit(self, weight: Tensor, moments: Moments, cost_limit: int, rng: torch.Generator) -> Fitted | NoMatch:

@@ -39,7 +39,7 @@ class NmSparseStructure(AbstractStructure):
     """n: how many of m neighbouring inputs are kept, by default as many as the limit admits; m: 4."""
 
     name: ClassVar[str] = "nm-sparse"
-    preset: ClassVar[bool] = True  # ARMOR with identity wrappers
+    named_only: ClassVar[bool] = True  # ARMOR with identity wrappers
     n: int | None = None
     m: int | None = None
 

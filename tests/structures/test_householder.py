@@ -208,7 +208,7 @@ def test_small_weights(n: int) -> None:
 def test_auto_takes_it_near_the_identity_only() -> None:
     """At equal numbers, beside all families: a residual part is told apart from a weight without one."""
     moments = anisotropic(48)
-    families = [kind() for kind in structures().values() if not kind.preset]
+    families = [kind() for kind in structures().values() if not kind.named_only]
     names = []
     for weight in (near_identity(48), decaying(48, 48), torch.randn(48, 48, generator=generator(0)) / 7):
         fits, _ = fit_families(families, weight, moments, 48 * 48 // 2, generator(0), shifted=False)
