@@ -8,6 +8,7 @@ chosen     min sum w e^2 (rewriter/allocate.py); kept only where the whole model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -237,8 +238,9 @@ class _Errors:
         self.dense = {id(batch): graph.run(batch) for batch in self.samples.batches}
 
     def effect(self, decision: Decision) -> float:
-        """Its part in the output's squared error, for each unit of its own; 0 where it was kept."""
-        return (self.of([decision]) / decision.error) ** 2 if decision.error else 0.0
+        """Its part in the output's squared error, for each unit of its own; 0 where it was kept, 1 where the dense output is nothing."""
+        output = self.of([decision]) if decision.error else 0.0
+        return (output / (decision.error or 1.0)) ** 2 if math.isfinite(output) else 1.0
 
     def of(self, decisions: Iterable[Decision]) -> float:
         """The error with these and nothing else rewritten; the graph is as it was afterwards."""

@@ -45,8 +45,9 @@ class AbstractStructure(abc.ABC):
     """A family of matrices. Final subclasses are frozen dataclasses whose fields are options, None meaning "choose".
 
     Laws: fit(...).operator.shape == weight.shape; its params <= cost_limit; fitting a member of the family at its own settings returns it
-    with an error at rounding level; a larger cost_limit never gives a larger weighted error (up to the settings' granularity);
-    discover(weight) is None-or-exact: a returned operator equals the weight to rounding level and stores fewer numbers.
+    with an error at rounding level (a descent that is not convex may stop short of it, and its module says so); a larger cost_limit never
+    gives a larger weighted error (up to the settings' granularity); discover(weight) is None-or-exact: a returned operator equals
+    the weight to rounding level and stores fewer numbers.
     """
 
     name: ClassVar[str]

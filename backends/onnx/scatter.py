@@ -28,7 +28,7 @@ def scattered(tape: Tape, values: Shaped, positions: Shaped, n: int, m: int) -> 
     if width < 8:
         at = tape.op("BitShift", [at, tape.op("Constant", [], {"value": from_torch(shifts, "")})], {"direction": "RIGHT"})
         low = torch.full((1,), 2**width, dtype=torch.uint8)
-        at = tape.op("Mod", [at, tape.op("Constant", [], {"value": from_torch(low, "")})])  # the low bits; BitwiseAnd came with opset 18
+        at = tape.op("Mod", [at, tape.op("Constant", [], {"value": from_torch(low, "")})])  # the low bits
     at = tape.op("Cast", [tape.op("Reshape", [at, ints(-1, owners)])], {"to": ir.DataType.INT64.value})
     at = tape.op("Slice", [at, ints(0), ints(rows), ints(0)])  # the last byte may not be full
     if owners < columns:

@@ -47,7 +47,6 @@ class Trained:
     before: float
     after: float
     steps: int = 0
-    looked: int = 0  # checks that were due by the last one
 
 
 def train(
@@ -79,7 +78,7 @@ def train(
     begin = time.monotonic()
     best = [t.detach().clone() for t in tensors]
     came = Trained(before=(first := validated()), after=first)
-    longest, checking, percent, stale = 0.0, time.monotonic() - begin, 0, 0
+    longest, checking, percent, stale, looked = 0.0, time.monotonic() - begin, 0, 0, 0
     order = _shuffled(batches, rng)
     while not clock.over(came.steps, RESERVE * (longest + checking)) and stale < PATIENCE:
         begin, progress = time.monotonic(), min(clock.progress(came.steps), 1.0)
@@ -94,8 +93,8 @@ def train(
             kept.lerp_(now.detach(), 1 - min(average, (came.steps + 1) / (came.steps + 10)))
         came.steps += 1
         longest = max(longest, time.monotonic() - begin)
-        if (reached := clock.progress(came.steps)) >= since and reached * CHECKS >= came.looked + 1:
-            came.looked = int(reached * CHECKS)
+        if (reached := clock.progress(came.steps)) >= since and reached * CHECKS >= looked + 1:
+            looked = int(reached * CHECKS)
             stale = _keep(came, validated(), tensors, mean, best, stale)
         if (now_percent := int(100 * progress)) > percent:
             percent = now_percent

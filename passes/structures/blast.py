@@ -1,6 +1,7 @@
 """W_ij = U_i diag(s_ij) V_j^T, a b x b grid of blocks that share their sides: two block-diagonal factors, r products of b x b between.
 
-Low rank is s = 1; a Monarch grid of blocks of rank r / b has own columns of U_i and V_j for each block.
+Low rank is s = 1; a Monarch grid of blocks of rank r / b has own columns of U_i and V_j for each block. A member is approached, not
+recovered: the loss is not convex.
 Source: BLAST, Lee et al., NeurIPS 2024 (arXiv:2410.21262).
 """
 

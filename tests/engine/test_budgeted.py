@@ -95,6 +95,14 @@ def test_a_budget_that_no_form_keeps(tmp_path: Path) -> None:
         run(tmp_path, branches(), budget=Budget("params", 0.01))
 
 
+def test_an_output_of_nothing_has_no_say(tmp_path: Path) -> None:
+    """Twins that cancel: the relative error is infinite whichever is rewritten, and the sites' own errors decide."""
+    loud, twin = (linear(decaying(48, 48, 1, 0.5), normal(48, seed=1)) for _ in range(2))
+    net = Net(lambda n, x: n.loud(torch.tanh(x)) - n.twin(torch.tanh(x)), loud=loud, twin=twin)
+    _, _, found = run(tmp_path, net, budget=Budget("params", 0.5))
+    assert spent(found, "params") <= 0.5 and all(d.rewritten for d in found.values())
+
+
 def test_an_exact_form_is_part_of_the_budget(tmp_path: Path) -> None:
     """What an exact form saves is there for the others."""
     exact = linear(planted(48, 48, 3), normal(48, seed=5))

@@ -11,21 +11,11 @@ import pytest
 
 from rewriter import pipeline
 from rewriter import report as reports
-from rewriter.backends.files.export import export_module
-from rewriter.backends.files.pt2 import save_pt2
 from rewriter.errors import RewriteError
-from rewriter.inputs import parse_input
 from rewriter.options import Options
-from tests.engine.nets import WIDE, Net, WideMlp, decaying, linear, normal
+from tests.engine.nets import Net, decaying, linear, normal
 
 LOSSY = "low-rank:rank=6"
-
-
-@pytest.fixture
-def pt2(tmp_path: Path) -> Path:
-    path = tmp_path / "m.pt2"
-    save_pt2(export_module(WideMlp().eval(), [parse_input(WIDE)], {}), path)
-    return path
 
 
 def run(model: Any, publish: bool = True, data: Any = None, **options: Any) -> pipeline.Result:

@@ -34,13 +34,6 @@ LOSSY = "low-rank:rank=6"
 
 
 @pytest.fixture
-def pt2(tmp_path: Path) -> Path:
-    path = tmp_path / "m.pt2"
-    save_pt2(export_module(WideMlp().eval(), [parse_input(WIDE)], {}), path)
-    return path
-
-
-@pytest.fixture
 def onnx_file(tmp_path: Path) -> Path:
     path = tmp_path / "m.onnx"
     save_onnx(FxGraph.of(export_module(WideMlp().eval(), [parse_input(WIDE)], {})).to_onnx(20), path)

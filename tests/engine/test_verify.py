@@ -107,16 +107,17 @@ def test_padding_does_not_count() -> None:
 
 def test_tallies_do_not_hang_on_how_many_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    batches = [{"x": normal(3, 4, 2, 6), "attention_mask": mask}, {"x": normal(3, 6, seed=2)}, {"x": normal(3, seed=3)}]
+    masked = normal(3, 4, 2, 6, dtype=torch.float64)
+    batches = [{"x": masked, "attention_mask": mask}, {"x": normal(3, 6, seed=2)}, {"x": normal(3, seed=3)}]
     whole = [certified(noisy_tail, samples(batch)) for batch in batches]
     monkeypatch.setattr("rewriter.verify.ELEMENTS", 1)
     assert [certified(noisy_tail, samples(batch)) for batch in batches] == whole
-    x, kept = batches[0]["x"].double(), mask.bool()
-    y = noisy_tail(x)
+    x, y, kept = masked, noisy_tail(masked), mask.bool()
     cosines = [float(torch.nn.functional.cosine_similarity(a[m], b[m], -1).mean()) for a, b, m in zip(x, y, kept, strict=True)]
     assert whole[0].cosine is not None
-    torch.testing.assert_close(whole[0].cosine, sum(cosines) / 3, rtol=EQUAL[torch.float32][0], atol=0.0)
-    torch.testing.assert_close(whole[0].estimate, float((x - y)[kept].norm() / x[kept].norm()), rtol=EQUAL[torch.float32][0], atol=0.0)
+    rtol, atol = EQUAL[torch.float64]
+    torch.testing.assert_close(whole[0].cosine, sum(cosines) / 3, rtol=rtol, atol=atol)
+    torch.testing.assert_close(whole[0].estimate, float((x - y)[kept].norm() / x[kept].norm()), rtol=rtol, atol=atol)
 
 
 def noisy_tail(x: Tensor) -> Tensor:
@@ -186,9 +187,9 @@ def test_the_jackknife_of_a_mean_is_its_t_interval() -> None:
 def test_all_samples_count_alike() -> None:
     """sqrt(sum lost / sum norm), not the mean of ratios, however they are dealt."""
     assert interval([1.0, 9.0], [1.0, 99.0])[0] == math.sqrt(10 / 100)
-    x = torch.cat([normal(40, 6), 100 * normal(3, 6, seed=1)])
-    expected = float((noisy(x) - x).double().norm() / x.double().norm())
-    torch.testing.assert_close(certified(noisy, samples({"x": x})).estimate, expected, rtol=EQUAL[torch.float32][0], atol=0.0)
+    x = torch.cat([normal(40, 6, dtype=torch.float64), 100 * normal(3, 6, seed=1, dtype=torch.float64)])
+    expected, (rtol, atol) = float((noisy(x) - x).norm() / x.norm()), EQUAL[torch.float64]
+    torch.testing.assert_close(certified(noisy, samples({"x": x})).estimate, expected, rtol=rtol, atol=atol)
 
 
 def coverage(repetitions: int, share: float = 1.0) -> int:
