@@ -38,7 +38,7 @@ class Heal(AbstractPass):
     summary: ClassVar[str] = "trains lossy rewrites against the dense model for some minutes; kept only where that is better"
     minutes: float = 5.0
     steps: int | None = None
-    rate: float = 0.01
+    rate: float = 0.004
     guided: bool = False
     weighted: bool = False
     average: float = 0.0
@@ -49,7 +49,7 @@ class Heal(AbstractPass):
         if not 0 < self.minutes <= 10_000:
             raise RewriteError(f"heal:minutes={self.minutes} is out of range; give minutes above 0 and up to 10000")
         if not 0 < self.rate <= 1:
-            raise RewriteError(f"heal:rate={self.rate} is out of range; give a relative step above 0 and up to 1, such as 0.01")
+            raise RewriteError(f"heal:rate={self.rate} is out of range; give a relative step above 0 and up to 1, such as 0.004")
         if isinstance(self.data, str) or isinstance(self.loss, str):
             raise RewriteError("heal takes data and loss from Python only: Heal(data=batches, loss=function); give --data for samples")
         if not 0 <= self.average < 1:

@@ -144,6 +144,13 @@ class Compose(AbstractMatrix):
             x = factor.product(ops, x)
         return x
 
+    def balanced(self) -> Compose:
+        return Compose(tuple(factor.balanced() for factor in self.factors))
+
+    def unbalanced(self, trained: AbstractMatrix) -> AbstractMatrix:
+        assert isinstance(trained, Compose)
+        return Compose(tuple(mine.unbalanced(theirs) for mine, theirs in zip(self.factors, trained.factors, strict=True)))
+
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:
         return cls((Dense.random(rng), Diagonal(torch.randn(5, generator=rng)), Dense(torch.randn(5, 4, generator=rng))))

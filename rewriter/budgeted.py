@@ -30,7 +30,8 @@ from rewriter.verify import certify
 
 NOTHING = "no form of it costs less than the dense weight, or nothing is known of its input"
 LIMITS = 10  # of a curve, besides the even share
-NEAR = 1.1  # of the best error at the even share, within which a family is fitted at the other limits
+NEAR = 1.05  # of the best error at the even share, within which a family is fitted at the other limits
+SPARSE = 2  # families that descend are fitted at every second one of those
 JUDGED = 64  # samples on which output errors are compared
 
 
@@ -144,8 +145,9 @@ def _forms(
 ) -> list[tuple[float, Fitted]]:
     """Every family at every limit, each form once; the even share comes first and says which families the other limits need."""
     families, found = list(plan.structures), list[tuple[float, Fitted]]()
-    for share in sorted(limits(budget.share, plan.share), key=lambda s: abs(s - budget.share)):
-        fits, _ = fit_families(families, weight, moments, int(share * weight.numel()), context.rng(site), shifted(graph, site))
+    for place, share in enumerate(sorted(limits(budget.share, plan.share), key=lambda s: abs(s - budget.share))):
+        wanted = [f for f in families if timed or not f.iterative or place % SPARSE == 0]
+        fits, _ = fit_families(wanted, weight, moments, int(share * weight.numel()), context.rng(site), shifted(graph, site))
         known = {fit.spelling for _, fit in found}
         found += [(share, fit) for fit in fits if fit.spelling not in known]
         if share == budget.share and fits and not timed:

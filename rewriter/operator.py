@@ -72,8 +72,12 @@ class AbstractMatrix(AbstractOperator):
         return (self.product(ops, x),)
 
     def balanced(self) -> AbstractMatrix:
-        """The same matrix with its factors scaled to train: of like size along whatever connects them. As it is where nothing is free."""
+        """The same matrix in the form that trains best: factors of like size. As it is where nothing is free."""
         return self
+
+    def unbalanced(self, trained: AbstractMatrix) -> AbstractMatrix:
+        """What `balanced` gave, after training, in this matrix's own form and at its cost."""
+        return trained
 
     def dense(self) -> Tensor:
         """The (m, n) matrix, by applying the operator to the identity."""

@@ -96,12 +96,18 @@ class Session:
             self._teach()
             students = {key: self._student(decision) for key, decision in self.lossy.items()}
             came = self._train(list(students.values()))
-            decisions = {key: _after(student, came) for key, student in students.items()}
+            trained = {key: _after(student) for key, student in students.items()}
+            self._splice(trained)
+            came = replace(came, after=self._validate())  # in the form that is kept, to its rounding
+            decisions = {key: _said(trained[key] if came.better else d, came) for key, d in decisions.items()}
         finally:
-            for d in decisions.values():
-                assert d.operator is not None
-                self.graph.splice(d.site, d.operator, d.shift)
+            self._splice(decisions)
         return decisions
+
+    def _splice(self, decisions: Mapping[str, Decision]) -> None:
+        for d in decisions.values():
+            assert d.operator is not None
+            self.graph.splice(d.site, d.operator, d.shift)
 
     def _teach(self) -> None:
         """Run the dense model over the samples, those that judge first, for a part of the time at most."""
@@ -144,7 +150,7 @@ class Session:
 
         def validate() -> float:
             mix(0.0)
-            return sum(float(self._of(i, self.judge, False)) for i in self.validation) / len(self.validation)
+            return self._validate()
 
         steps = train(
             [t for s in students for t in s.tensors],
@@ -161,6 +167,9 @@ class Session:
         *_, came = self.progress.track(steps, "healing", 101)
         return came
 
+    def _validate(self) -> float:
+        return sum(float(self._of(i, self.judge, False)) for i in self.validation) / len(self.validation)
+
     def _of(self, index: int, loss: Loss, grad: bool) -> Tensor:
         found, outputs = states(self.graph, self.blocks, self.feeds[index], grad)
         wanted = self.targets[index]
@@ -170,16 +179,20 @@ class Session:
         return loss(found, blocks) + self.recipe.loss(outputs, self.feeds[index])
 
 
-def _after(student: _Student, came: Trained) -> Decision:
-    """The decision with its trained factors, or as it was."""
+def _after(student: _Student) -> Decision:
+    """The decision with its trained factors."""
     decision = student.decision
-    said = f"loss on held-back samples {came.before:.3g} to {came.after:.3g} in {came.steps} steps"
-    if not came.after < came.before:
-        return replace(decision, reason=f"{decision.reason}; healing did not help ({said}): left as it was")
     leaves, spec = flatten(student.operator)
     trained = iter(student.factors)
     operator = unflatten(spec, [next(trained).detach().clone() if t.is_floating_point() else t for t in leaves])
     shift = student.shift
     if student.bias is not None and student.first is not None and shift is not None:
         shift = shift + (student.bias.detach().double() - student.first.double())
-    return replace(decision, operator=operator, shift=shift, reason=f"{decision.reason}; healed: {said}")
+    assert isinstance(decision.operator, AbstractMatrix) and isinstance(operator, AbstractMatrix)
+    return replace(decision, operator=decision.operator.unbalanced(operator), shift=shift)
+
+
+def _said(decision: Decision, came: Trained) -> Decision:
+    said = f"loss on held-back samples {came.before:.3g} to {came.after:.3g} in {came.steps} steps"
+    verdict = f"healed: {said}" if came.better else f"healing did not help ({said}): left as it was"
+    return replace(decision, reason=f"{decision.reason}; {verdict}")

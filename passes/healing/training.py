@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 WARM_UP = 0.03  # of the whole
-CHECKS = 12  # validations
-PATIENCE = 4  # of them without a gain, before it ends
+CHECKS = 12  # validations at most,
+CHECKING = 0.1  # of the time at most
+PATIENCE = 4  # validations without a gain in a row, before it ends
 SMALLEST = 1e-3  # size below which a tensor's step does not shrink further
 CLIP = 1.0
-RESERVE = 1.5  # of the longest step and validation seen, kept free before the deadline
+RESERVE = 2.5  # of the longest step and validation seen, kept free before the deadline
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Clock:
     def progress(self, done: int) -> float:
         """0 to 1."""
         return done / self.steps if self.steps is not None else (time.monotonic() - self.begin) / self.seconds
+
+    def share(self, seconds: float) -> float:
+        """Of the whole, so many seconds; nothing where steps count."""
+        return 0.0 if self.steps is not None else seconds / self.seconds
 
     def over(self, done: int, reserve: float) -> bool:
         """Whether the next step, and `reserve` seconds after it, would be too much."""
@@ -47,6 +52,10 @@ class Trained:
     before: float
     after: float
     steps: int = 0
+
+    @property
+    def better(self) -> bool:
+        return self.after < self.before
 
 
 def train(
@@ -75,45 +84,56 @@ def train(
         with _swapped(tensors, mean), torch.no_grad():
             return validate()
 
-    begin = time.monotonic()
+    begin, start = time.monotonic(), clock.progress(0)
     best = [t.detach().clone() for t in tensors]
     came = Trained(before=(first := validated()), after=first)
-    longest, checking, percent, stale, looked = 0.0, time.monotonic() - begin, 0, 0, 0
+    longest, checking, percent, stale, looked = 0.0, time.monotonic() - begin, 0, 0, since
     order = _shuffled(batches, rng)
+
+    def check() -> int:
+        """0, or one more in a row that was no gain: back to the best weights then, to go on from there at half the rate."""
+        if (found := validated()) < came.after:
+            came.after = found
+            _copy(best, mean or tensors)
+            return 0
+        _copy(tensors, best)
+        if mean:
+            _copy(mean, best)
+        return stale + 1
+
+    def progress() -> float:
+        """0 to 1, from the first step on."""
+        return min((clock.progress(came.steps) - start) / (1 - start), 1.0)
+
+    halved = 0
     while not clock.over(came.steps, RESERVE * (longest + checking)) and stale < PATIENCE:
-        begin, progress = time.monotonic(), min(clock.progress(came.steps), 1.0)
-        progressed(progress)
+        begin, now = time.monotonic(), progress()
+        progressed(now)
         for group in adam.param_groups:
-            group["lr"] = rate * group["size"] * _schedule(progress)
+            group["lr"] = rate * 0.5**halved * group["size"] * _schedule(now)
         adam.zero_grad()
         loss(next(order)).backward()
         torch.nn.utils.clip_grad_norm_(tensors, CLIP)
         adam.step()
-        for kept, now in zip(mean, tensors, strict=False):
-            kept.lerp_(now.detach(), 1 - min(average, (came.steps + 1) / (came.steps + 10)))
+        for kept, tensor in zip(mean, tensors, strict=False):
+            kept.lerp_(tensor.detach(), 1 - min(average, (came.steps + 1) / (came.steps + 10)))
         came.steps += 1
         longest = max(longest, time.monotonic() - begin)
-        if (reached := clock.progress(came.steps)) >= since and reached * CHECKS >= looked + 1:
-            looked = int(reached * CHECKS)
-            stale = _keep(came, validated(), tensors, mean, best, stale)
-        if (now_percent := int(100 * progress)) > percent:
+        if progress() - looked >= max(1 / CHECKS, clock.share(checking) / CHECKING):
+            looked, stale = progress(), check()
+            halved += stale > 0
+        if (now_percent := int(100 * now)) > percent:
             percent = now_percent
             yield came
-    _keep(came, validated(), tensors, mean, best, stale)
-    with torch.no_grad():
-        for tensor, kept in zip(tensors, best, strict=True):
-            tensor.copy_(kept)
+    check()
+    _copy(tensors, best)
     yield came
 
 
-def _keep(came: Trained, found: float, tensors: Sequence[Tensor], mean: Sequence[Tensor], best: Sequence[Tensor], stale: int) -> int:
-    """Take the weights as they are where they are the best so far; how many checks in a row were not."""
-    if not found < came.after:
-        return stale + 1
-    came.after = found
-    for kept, now in zip(best, mean or tensors, strict=True):
-        kept.copy_(now.detach())
-    return 0
+def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(into, values, strict=True):
+            tensor.copy_(value)
 
 
 class _swapped:
@@ -124,15 +144,12 @@ class _swapped:
 
     def __enter__(self) -> None:
         self.before = [t.detach().clone() for t in self.tensors] if self.others else []
-        self._put(self.others)
+        if self.others:
+            _copy(self.tensors, self.others)
 
     def __exit__(self, *_: object) -> None:
-        self._put(self.before)
-
-    def _put(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for tensor, value in zip(self.tensors, values, strict=False):
-                tensor.copy_(value)
+        if self.others:
+            _copy(self.tensors, self.before)
 
 
 def _shuffled(batches: Sequence[int], rng: torch.Generator) -> Iterator[int]:

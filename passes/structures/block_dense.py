@@ -15,6 +15,7 @@ from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
 from rewriter.passes.solvers.block_descent import Blocks
+from rewriter.passes.solvers.gauge import balanced
 from rewriter.passes.solvers.rank_search import Grid, block_counts
 from rewriter.passes.structures._blocks import choices, discovered, fit_best, may_beat
 from rewriter.passes.structures._common import unusable
@@ -37,6 +38,10 @@ class BlockDense(AbstractMatrix):
         k, q, _ = self.down.shape
         x = x if self.inputs == k * q else ops.pad(x, k * q)
         return ops.matmul(ops.block_matmul(x, ops.const(self.down)), ops.const(self.up))
+
+    def balanced(self) -> BlockDense:
+        down, up = balanced(self.down, self.up.unflatten(0, (len(self.down), -1)))
+        return BlockDense(down, up.flatten(0, 1), self.inputs)
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:

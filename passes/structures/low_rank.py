@@ -14,6 +14,7 @@ from torch import Tensor
 from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
+from rewriter.passes.solvers.gauge import balanced
 from rewriter.passes.solvers.rank_search import find_rank
 from rewriter.passes.solvers.spectral import spectrum
 from rewriter.passes.structures._common import exact, fitted, too_dear, unusable
@@ -35,10 +36,7 @@ class LowRank(AbstractMatrix):
         return ops.matmul(ops.matmul(x, ops.const(self.down)), ops.const(self.up))
 
     def balanced(self) -> LowRank:
-        """|down_j| = |up_j| for every j."""
-        a, b = self.down.norm(dim=0), self.up.norm(dim=1)
-        scale = torch.where((a > 0) & (b > 0), (b / a).sqrt(), 1.0)
-        return LowRank(self.down * scale, self.up / scale[:, None])
+        return LowRank(*balanced(self.down, self.up))
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:

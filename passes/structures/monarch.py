@@ -6,7 +6,7 @@ that nothing permutes the output; members in the strided layout of HazyResearch/
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,6 +16,7 @@ from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
 from rewriter.passes.solvers.block_descent import Blocks
+from rewriter.passes.solvers.gauge import balanced
 from rewriter.passes.solvers.rank_search import Grid, block_counts, divisors
 from rewriter.passes.structures._blocks import choices, discovered, fit_best, may_beat
 from rewriter.passes.structures._common import unusable
@@ -48,6 +49,13 @@ class Monarch(AbstractMatrix):
         y = ops.block_matmul(z, ops.const(self.left))
         y = ops.shuffle(y, g) if self.stride_out else y
         return y if self.outputs == g * s else ops.split(y, [self.outputs, g * s - self.outputs])[0]
+
+    def balanced(self) -> Monarch:
+        k, g = len(self.right), len(self.left)
+        right = self.right.unflatten(2, (-1, g)).permute(0, 3, 1, 2)  # (k, g, q, r)
+        left = self.left.unflatten(1, (k, -1)).transpose(0, 1)  # (k, g, r, s)
+        right, left = balanced(right, left)
+        return replace(self, right=right.permute(0, 2, 3, 1).flatten(2), left=left.transpose(0, 1).flatten(1, 2))
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:

@@ -20,6 +20,7 @@ from rewriter.passes.solvers.pivoting import row_basis, row_window
 from rewriter.passes.solvers.rank_search import find_rank
 from rewriter.passes.solvers.spectral import spectrum
 from rewriter.passes.structures._common import exact, fitted, too_dear, unusable
+from rewriter.passes.structures.low_rank import LowRank
 from rewriter.structure import AbstractStructure, Fitted, NoMatch
 
 LARGEST = 100.0  # coefficients of the dependent rows; above it float32 would lose two more digits
@@ -45,6 +46,19 @@ class PivotedLowRank(AbstractMatrix):
             return ops.concat([z, others] if self.start == 0 else [others, z])
         before, after = ops.split(others, [self.start, behind])
         return ops.concat([before, z, after])
+
+    def balanced(self) -> LowRank:
+        """Without the pivots, which would tie some outputs' factors to the identity."""
+        before, behind = self.rest.split([self.start, self.rest.shape[1] - self.start], 1)
+        return LowRank(self.down, torch.cat([before, torch.eye(len(self.rest), dtype=self.rest.dtype), behind], 1)).balanced()
+
+    def unbalanced(self, trained: AbstractMatrix) -> AbstractMatrix:
+        """On the same rows."""
+        assert isinstance(trained, LowRank)
+        inside = torch.arange(self.start, self.start + len(self.rest))
+        rows = trained.up[:, inside].double()
+        rest = torch.linalg.solve(rows, _without(trained.up.T.double(), inside))
+        return PivotedLowRank((trained.down.double() @ rows).to(self.down.dtype), rest.to(self.rest.dtype), self.start)
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:

@@ -118,7 +118,53 @@ def test_what_only_gets_worse_is_taken_back_and_ended() -> None:
     )
     *_, came = steps
     assert torch.equal(tensor.detach(), start) and came.after == came.before == 0
-    assert came.steps == PATIENCE * 480 // CHECKS
+    assert PATIENCE * (480 // CHECKS) <= came.steps <= PATIENCE * (480 // CHECKS + 1)
+
+
+def test_a_rate_that_is_far_too_large_is_halved_until_it_helps() -> None:
+    """Each check without a gain goes back to the best weights; at the full rate, a step always overshoots."""
+    tensor, goal = torch.ones(3, 4), torch.full((3, 4), 1.001)
+    came = run([tensor], goal, 600, rate=0.02)
+    assert came.after < 0.1 * came.before
+
+
+def test_the_schedule_begins_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the teacher took is over: the first step is small, however late it comes, and the first check is not at once."""
+    now, moved, checks = [70.0], list[float](), list[int]()
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    tensor, rate = torch.ones(3, 4, requires_grad=True), 0.05
+
+    def loss(index: int) -> Tensor:
+        now[0] += 1.0
+        moved.append(float((tensor.detach() - 1).abs().max()))
+        return tensor.sum()
+
+    def validate() -> float:
+        checks.append(len(moved))
+        return float(tensor.detach().sum())
+
+    *_, _came = train([tensor], loss, validate, [0], Clock(0.0, 170.0), rate, 0.0, torch.Generator(), lambda p: None)
+    assert moved[1] < 0.1 * rate
+    assert checks[:2] == [0, math.ceil(100 / CHECKS)]
+
+
+def test_checks_take_a_tenth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, spent = [0.0], [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    tensor = torch.ones(3, 4, requires_grad=True)
+
+    def loss(index: int) -> Tensor:
+        now[0] += 0.25
+        return tensor.square().sum()
+
+    def validate() -> float:
+        now[0] += 4.0
+        spent[0] += 4.0
+        return float(tensor.detach().square().sum())
+
+    *_, came = train([tensor], loss, validate, [0], Clock(0.0, 200.0), 0.05, 0.0, torch.Generator(), lambda p: None)
+    # besides those before the first step and after the last one
+    assert 8 < spent[0] <= 0.1 * 200 + 2 * 4 and came.steps > 0
 
 
 def test_tensors_of_every_size_arrive() -> None:
