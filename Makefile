@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint slow bench clean
+.PHONY: demo test lint slow bench quality clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,10 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
-	for b in tools/bench_*.py; do $(BIN)/python $$b || exit 1; done
+	for b in $(filter-out tools/bench_quality.py, $(wildcard tools/bench_*.py)); do $(BIN)/python $$b || exit 1; done
+
+quality: $(STAMP)  # nine hours
+	$(BIN)/python tools/bench_quality.py
 
 clean:
 	rm -rf $(VENV) .cache demo build dist *.egg-info

@@ -17,7 +17,7 @@ from torch import Tensor
 from rewriter.algebra import Dense
 from rewriter.allocate import FLOOR, Budget, choose
 from rewriter.cache import digest
-from rewriter.calibrate import Samples
+from rewriter.calibrate import Calibration, Samples
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.fit import Plan, after_cost, cached, fit_families, fit_key, fitted, keep, shifted, site_cost, usable_weight
@@ -31,7 +31,7 @@ from rewriter.verify import certify
 NOTHING = "no form of it costs less than the dense weight, or nothing is known of its input"
 LIMITS = 10  # of a curve, besides the even share
 NEAR = 1.05  # of the best error at the even share, within which a family is fitted at the other limits
-SPARSE = 2  # families that descend are fitted at every second one of those
+SPARSE = 3  # families that descend are fitted at every third one of those
 JUDGED = 64  # samples on which output errors are compared
 
 
@@ -61,7 +61,8 @@ def allocated(
 
     RewriteError where no choice of the forms that were found stays within it.
     """
-    curves = _curves(graph, context, plan, budget, model, sites)
+    moments = _Remembered(context.calibration)
+    curves = _curves(graph, context, plan, budget, model, sites, moments)
     open_sites = {s.id: s for s in sites if len(curves[s.id]) > 1}
     for site in sites:
         if site.id not in open_sites:
@@ -71,7 +72,7 @@ def allocated(
     units = _Units(budget, curves, settled)
 
     def fits(points: Mapping[str, Point]) -> dict[str, Decision]:
-        return _fits(graph, context, plan, model, {key: (open_sites[key], point) for key, point in points.items()})
+        return _fits(graph, context, plan, model, {key: (open_sites[key], point) for key, point in points.items()}, moments)
 
     even = {key: units.even(key) for key in open_sites}
     first = fits(even)
@@ -101,7 +102,26 @@ def limits(share: float, cap: float) -> list[float]:
     return sorted({x for x in [share, *grid] if x <= cap})
 
 
-def _curves(graph: Graph, context: Context, plan: Plan, budget: Budget, model: str, sites: Sequence[Site]) -> dict[str, Curve]:
+class _Remembered:
+    """A graph's moments, which curves and fits ask for in turn: kept where all sites' fit in memory at once."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.kept = dict[str, Moments | None]()
+
+    def __call__(self, sites: Sequence[Site]) -> Iterator[list[tuple[Site, Moments | None]]]:
+        if sites and all(site.id in self.kept for site in sites):
+            yield [(site, self.kept[site.id]) for site in sites]
+            return
+        for group in self.calibration.moments(sites):
+            if len(group) == len(sites):
+                self.kept |= {site.id: found for site, found in group}
+            yield group
+
+
+def _curves(
+    graph: Graph, context: Context, plan: Plan, budget: Budget, model: str, sites: Sequence[Site], moments: _Remembered
+) -> dict[str, Curve]:
     """Every site's curve, from the cache or from one pass over the samples."""
     timed = "ms" in (budget.unit, context.objective)
 
@@ -114,7 +134,7 @@ def _curves(graph: Graph, context: Context, plan: Plan, budget: Budget, model: s
         if entry is not None:
             curves[site.id] = [Point.stored(p) for p in entry[1]["points"]]
     missing = [s for s in sites if s.id not in curves]
-    for group in context.calibration.moments(missing):
+    for group in moments(missing):
         made = in_parallel(lambda pair: _curve(graph, context, plan, budget, *pair, timed), group, 1 if timed else None)
         for (site, _), curve in context.progress.track(made, "error against cost", len(group)):
             curves[site.id] = curve
@@ -214,7 +234,9 @@ class _Units:
         return above if len(above) > 1 else [*above, *({cheapest} - set(above))]
 
 
-def _fits(graph: Graph, context: Context, plan: Plan, model: str, wanted: Mapping[str, tuple[Site, Point]]) -> dict[str, Decision]:
+def _fits(
+    graph: Graph, context: Context, plan: Plan, model: str, wanted: Mapping[str, tuple[Site, Point]], moments: _Remembered
+) -> dict[str, Decision]:
     """The points as decisions, from the cache or from one pass over the samples."""
     plans = {
         key: replace(plan, structures=[s for s in plan.structures if s.name == point.structure], share=point.share)
@@ -225,7 +247,7 @@ def _fits(graph: Graph, context: Context, plan: Plan, model: str, wanted: Mappin
     decisions |= {key: found for key, (site, _) in wanted.items() if key not in decisions and (found := cached(context, site, keys[key]))}
     missing = [site for key, (site, _) in wanted.items() if key not in decisions]
     workers = 1 if context.objective == "ms" else None
-    for group in context.calibration.moments(missing):
+    for group in moments(missing):
         made = in_parallel(lambda pair: fitted(graph, context, plans[pair[0].id], *pair, keys[pair[0].id]), group, workers)
         for (site, _), decision in context.progress.track(made, "fitting", len(group)):
             decisions[site.id] = decision

@@ -17,7 +17,8 @@ from rewriter.graph import Graph, Layout, Site, Value
 from rewriter.moments import Accumulator, Moments, layer_norm
 from rewriter.progress import Progress
 
-SHARE = 0.25  # of the model's bytes, for the moments of one group
+SHARE = 0.25  # of the model's bytes, for the moments of one group;
+LEAST = 1 << 28  # bytes of a group, however small the model: a group costs a run over all samples
 Feeds = Mapping[str, Tensor]
 
 
@@ -79,7 +80,7 @@ class Calibration:
             held.clear()
 
     def _groups(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
-        limit, group, used, seen = SHARE * self.graph.nbytes(), list[Site](), 0, set[object]()
+        limit, group, used, seen = max(SHARE * self.graph.nbytes(), LEAST), list[Site](), 0, set[object]()
         for site in sites:
             assert site.shape is not None
             nbytes = 0 if _source(site) in seen else 8 * site.shape[1] ** 2

@@ -1,7 +1,9 @@
 """What a model is worth after compression: our forms and those of other tools on the same data in the same time, before and after healing.
 
-    python tools/bench_quality.py encoder [--budgets 0.5] [--minutes 15] [--rows svd ours]    # all-MiniLM-L6-v2
-    python tools/bench_quality.py language [--budgets 0.5] [--minutes 5]                      # a byte model, trained here once
+    python tools/bench_quality.py [encoder] [language] [--budgets 0.5] [--minutes 15] [--rows "plain SVD" ours]
+
+encoder: all-MiniLM-L6-v2 on sentences of Python's documentation. language: a byte model, trained here once, on Python's sources; also with
+two of every four numbers kept. All of it takes nine hours; `--minutes 0` leaves healing out.
 
 Every row is one `rewriter.plan`: its form, then `heal` for what is left of the minutes, calibration and fit included, so that rows take the
 same time. All calibrate on the same samples and heal on the same text; the judges come from other files. A row whose sites are not all
@@ -20,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from bytelm import trained, windows
 from minilm import LENGTH, embeddings, folder
-from peers import AbstractPeer
+from peers import AbstractPeer, check
 from pytext import gather
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +45,8 @@ PEERS = {
     "Wanda 2:4": "wanda", "SparseGPT 2:4": "sparsegpt",
 }  # fmt: skip
 OURS = {"uniform Monarch": "monarch:blocks=4,params={0}", "ARMOR 2:4": "armor:n=2,m=4", "ours": "auto"}
+PRUNED = ("magnitude 2:4", "Wanda 2:4", "SparseGPT 2:4", "ARMOR 2:4")
+HALF = 0.5
 FORMS = ("plain SVD", "SVD-LLM", "Swift-SVD", "COALA", "uniform Monarch", "ours")
 
 
@@ -171,23 +175,31 @@ def table(console: Console, title: str, subject: Subject, forms: Sequence[str], 
     return "; ".join(problems)
 
 
+SUBJECTS = {"encoder": encoder, "language": language}
+
+
+def judged(console: Console, name: str, given: argparse.Namespace) -> Iterator[str]:
+    """All tables of one subject; yields what was red in each."""
+    subject = SUBJECTS[name]()
+    dense = subject.judge(_dense(subject.model, subject.options))
+    console.print(f"{name}, dense: " + ", ".join(f"{head} {x:.4f}" for head, x in zip(subject.heads, dense, strict=True)))
+    for budget in given.budgets:
+        yield table(console, f"{name} at {budget} of its linears' numbers", subject, given.rows, budget, given.minutes)
+    if name == "language":
+        yield table(console, "two of every four numbers kept", subject, PRUNED, HALF, 0.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", choices=("encoder", "language"))
+    parser.add_argument("subjects", nargs="*", choices=SUBJECTS, default=[*SUBJECTS], help="all by default")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.33], metavar="SHARE", help="of the dense numbers")
     parser.add_argument("--minutes", type=float, default=15.0, help="of every row, all in all; 0: no healing")
     parser.add_argument("--rows", nargs="+", choices=[*FORMS], default=FORMS, metavar="FORM", help=", ".join(FORMS))
     given, console = parser.parse_args(), Console(width=150)
-    subject, problems = {"encoder": encoder, "language": language}[given.subject](), []
-    dense = subject.judge(_dense(subject.model, subject.options))
-    console.print("dense: " + ", ".join(f"{head} {x:.4f}" for head, x in zip(subject.heads, dense, strict=True)))
-    for budget in given.budgets:
-        problems.append(table(console, f"{given.subject} at {budget} of its linears' numbers", subject, given.rows, budget, given.minutes))
-    if given.subject == "language":
-        pruned = ("magnitude 2:4", "Wanda 2:4", "SparseGPT 2:4", "ARMOR 2:4")
-        problems.append(table(console, "half of the numbers in every four kept", subject, pruned, 0.5, 0.0))
-    if any(problems):
-        raise SystemExit("red: " + "; ".join(filter(None, problems)))
+    check()
+    problems = [problem for name in given.subjects for problem in judged(console, name, given) if problem]
+    if problems:
+        raise SystemExit("red: " + "; ".join(problems))
 
 
 if __name__ == "__main__":

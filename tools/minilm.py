@@ -36,7 +36,8 @@ def stored_forms(work: Path, lines: Sequence[str]) -> dict[str, Path]:
     work.mkdir(parents=True, exist_ok=True)
     save_pt2(program, work / "minilm.pt2")
     save_onnx(FxGraph.of(program).to_onnx(20), work / "minilm.onnx")
-    np.savez(work / "calibration.npz", **{k: v.numpy() for k, v in model.encode(list(lines), LENGTH).items()})
+    arrays: dict[str, Any] = {k: v.numpy() for k, v in model.encode(list(lines), LENGTH).items()}
+    np.savez(work / "calibration.npz", **arrays)
     return {"folder": folder(), "pt2": work / "minilm.pt2", "onnx": work / "minilm.onnx", "npz": work / "calibration.npz"}
 
 

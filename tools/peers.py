@@ -26,6 +26,7 @@ from rewriter.operator import AbstractMatrix
 from rewriter.passes.solvers import pruning
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.rule import AbstractPass, Context, Decision
+from rewriter.tolerances import EQUAL
 
 RIDGE = 1e-6  # of the mean diagonal: what SVD-LLM's reference adds where Cholesky fails, and COALA's mu
 
@@ -88,6 +89,21 @@ def _pruned(weight: Tensor) -> Dense:
 METHODS: dict[str, Callable[[Tensor, Tensor, float], AbstractMatrix]] = {
     f.__name__: f for f in (svd, whitened, output, triangular, magnitude, wanda, sparsegpt)
 }
+
+
+def check() -> None:
+    """SystemExit unless the weighted three reach the one optimum that theory gives them, and SVD its tail of singular values."""
+    rng = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(size, generator=rng, dtype=torch.float64) for size in ((24, 32), (200, 32)))
+    second = x.T @ (x * torch.linspace(0.1, 3, 200, dtype=torch.float64)[:, None]) / 200
+    values = torch.linalg.eigvalsh(weight @ second @ weight.T)[: 24 - _rank(weight, 0.5)]
+    best = {f: float(values.sum() / torch.trace(weight @ second @ weight.T)) ** 0.5 for f in (whitened, output, triangular)}
+    best[svd] = float((torch.linalg.svdvals(weight)[_rank(weight, 0.5) :].square().sum() / weight.square().sum()).sqrt())
+    for method, error in best.items():
+        seen = torch.eye(32, dtype=torch.float64) if method is svd else second
+        found = Moments(seen, torch.zeros(32, dtype=torch.float64), 200, "").error(weight, method(weight, second, 0.5).dense())
+        if abs(found - error) > EQUAL[torch.float32][0]:
+            raise SystemExit(f"red: {method.__name__} has error {found:.6f}, its optimum is {error:.6f}")
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,11 @@ def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters:
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import transformers
-    except ImportError:
-        raise RewriteError(f"{folder} is a Hugging Face folder, which needs transformers: pip install rewriter[transformers]") from None
+    except ImportError as error:
+        why = "" if isinstance(error, ModuleNotFoundError) and error.name == "transformers" else f" whole, and here it says '{error}'"
+        raise RewriteError(
+            f"{folder} is a Hugging Face folder, which needs transformers{why}: pip install rewriter[transformers]"
+        ) from None
     chosen = _model_class(transformers, config, task)
     model, notes = _load_weights(transformers, chosen, folder)
     if adapters:

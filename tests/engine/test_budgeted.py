@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from rewriter import calibrate
 from rewriter.allocate import FLOOR, UNITS, Budget
-from rewriter.calibrate import Samples
+from rewriter.calibrate import Calibration, Samples
 from rewriter.errors import RewriteError
-from rewriter.graph import Graph
+from rewriter.graph import Graph, Site
+from rewriter.moments import Moments
 from rewriter.operator import flatten
 from rewriter.registry import parse_passes
 from rewriter.rule import Context, Decision
@@ -122,6 +125,25 @@ def test_an_explicit_rank_goes_where_the_budget_allows(tmp_path: Path) -> None:
     """rank=12 stores half of a site: under 0.75 one of the two gets it, and not the one that the output feels."""
     _, _, found = run(tmp_path, branches(), "low-rank:rank=12", budget=Budget("params", 0.75))
     assert found["soft"].structure == "low-rank:rank=12" and not found["loud"].rewritten
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_moments_that_fit_in_memory_are_streamed_once(together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For curves and both rounds of fits; the choice is the same where they do not fit."""
+    asked, whole = list[int](), Calibration.moments
+
+    def counted(self: Calibration, sites: Sequence[Site]) -> Iterator[list[tuple[Site, Moments | None]]]:
+        for group in whole(self, sites):
+            asked.append(len(group))
+            yield group
+
+    _, _, plain = run(tmp_path / "plain", branches(), budget=Budget("params", 0.5))
+    monkeypatch.setattr(Calibration, "moments", counted)
+    if not together:
+        monkeypatch.setattr(calibrate, "LEAST", 0)
+    _, _, found = run(tmp_path / "counted", branches(), budget=Budget("params", 0.5))
+    assert asked == [2] if together else len(asked) > 2 and set(asked) == {1}
+    assert {name: d.structure for name, d in found.items()} == {name: d.structure for name, d in plain.items()}
 
 
 def test_it_is_remembered_and_the_same_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +300,14 @@ def test_a_models_own_code_never_runs(folder: Path, tmp_path: Path) -> None:
         refused(folder, "own Python code")
         refused(folder, "own Python code", task="feature-extraction")
     assert not marker.exists()
+
+
+def test_a_library_that_is_missing_and_one_that_is_broken_are_two_things(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused(folder, r"which needs transformers: pip install rewriter\[transformers\]")
+    (tmp_path / "transformers.py").write_text("raise ImportError('half of it is gone')")
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(folder, "needs transformers whole, and here it says 'half of it is gone'")
