@@ -44,7 +44,7 @@ PEERS = {
     "plain SVD": "svd", "SVD-LLM": "whitened", "Swift-SVD": "output", "COALA": "triangular", "magnitude 2:4": "magnitude",
     "Wanda 2:4": "wanda", "SparseGPT 2:4": "sparsegpt",
 }  # fmt: skip
-OURS = {"uniform Monarch": "monarch:blocks=4,params={0}", "ARMOR 2:4": "armor:n=2,m=4", "ours": "auto"}
+OURS = {"uniform Monarch": "monarch:blocks=4:params={0}", "ARMOR 2:4": "armor:n=2:m=4", "ours": "auto"}
 PRUNED = ("magnitude 2:4", "Wanda 2:4", "SparseGPT 2:4", "ARMOR 2:4")
 HALF = 0.5
 FORMS = ("plain SVD", "SVD-LLM", "Swift-SVD", "COALA", "uniform Monarch", "ours")
