@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rewriter.algebra import Dense
+from rewriter.algebra import Sparse
 from rewriter.fit import after_cost, keep, refusal, site_cost
 from rewriter.graph import Graph, Site, load_weight
 from rewriter.moments import Moments
@@ -70,20 +70,20 @@ def _mu(second: Tensor) -> float:
     return RIDGE * float(second.diagonal().mean())
 
 
-def magnitude(weight: Tensor, second: Tensor, share: float) -> Dense:
+def magnitude(weight: Tensor, second: Tensor, share: float) -> Sparse:
     return _pruned(pruning.magnitude(weight, 2, 4))
 
 
-def wanda(weight: Tensor, second: Tensor, share: float) -> Dense:
+def wanda(weight: Tensor, second: Tensor, share: float) -> Sparse:
     return _pruned(pruning.wanda(weight, second.diagonal(), 2, 4))
 
 
-def sparsegpt(weight: Tensor, second: Tensor, share: float) -> Dense:
+def sparsegpt(weight: Tensor, second: Tensor, share: float) -> Sparse:
     return _pruned(pruning.sparsegpt(weight, second, 2, 4))
 
 
-def _pruned(weight: Tensor) -> Dense:
-    return Dense(weight.T.contiguous())
+def _pruned(weight: Tensor) -> Sparse:
+    return Sparse.of(weight.T, 2, 4)
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, float], AbstractMatrix]] = {
