@@ -194,5 +194,5 @@ def _after(student: _Student) -> Decision:
 
 def _said(decision: Decision, came: Trained) -> Decision:
     said = f"loss on held-back samples {came.before:.3g} to {came.after:.3g} in {came.steps} steps"
-    verdict = f"healed: {said}" if came.better else f"healing did not help ({said}): left as it was"
-    return replace(decision, reason=f"{decision.reason}; {verdict}")
+    verdict = f"; healed: {said}" if came.better else f"; healing did not help ({said}): left as it was"
+    return replace(decision, reason=decision.reason + verdict)
