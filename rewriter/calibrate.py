@@ -1,7 +1,7 @@
 """Calibration: the second moments of each site's input, from samples pushed through the model, streamed.
 
-Sites are taken in groups whose moments fit in a share of the model's own size, so that no more than one copy of the model is ever held in
-moments; each group costs one pass over the samples. Sites that read the same value share moments. Padding never counts.
+Sites are taken in groups whose moments fit in a share of the model's own size, or in LEAST where that is more; each group costs one pass
+over the samples. Sites that read the same value share moments. Padding never counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rewriter.moments import Accumulator, Moments, layer_norm
 from rewriter.progress import Progress
 
 SHARE = 0.25  # of the model's bytes, for the moments of one group;
-LEAST = 1 << 28  # bytes of a group, however small the model: a group costs a run over all samples
+LEAST = 135_000_000  # bytes of a group, however small the model: a group costs a run over all samples
 Feeds = Mapping[str, Tensor]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib
 import shutil
 import tempfile
@@ -307,12 +308,8 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     emission = EmitOptions(options.opset, options.flatten, options.token_counts, options.threads, provenance)
     emitted = folder / name
     job.target.emit(job.graph, emitted, emission)
-    runner = job.target.open(emitted, options.threads)
-    error = _with_surrogate(job, runner, _certificate(job, runner))
-    failure = refused(job, error)
-    if failure is None and any(isinstance(d.operator, AbstractRecurrence) for d in job.decisions.values()):
-        allowed = None if job.lossy else tolerance(job)
-        job.notes.append(check_lengths(job.reference, runner, job.graph, job.source.specs, explicit, allowed))
+    error, failure = _judged(job, emitted, explicit)
+    gc.collect()  # a loaded program holds itself
     rows: list[Latency] = []
     nbytes: dict[str, int | None] = {"dense": None, "rewritten": size(emitted)}
     if failure is None:
@@ -336,6 +333,17 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     if path is not None:
         scratch.cleanup()
     return Result(report, 0, text, path, job.graph, scratch, emitted, options.opset)
+
+
+def _judged(job: Job, emitted: Path, explicit: dict[str, int]) -> tuple[OutputError, tuple[int, str] | None]:
+    """The reloaded file's certificate, and why it cannot be published; what was loaded is gone again afterwards."""
+    runner = job.target.open(emitted, job.options.threads)
+    error = _with_surrogate(job, runner, _certificate(job, runner))
+    failure = refused(job, error)
+    if failure is None and any(isinstance(d.operator, AbstractRecurrence) for d in job.decisions.values()):
+        allowed = None if job.lossy else tolerance(job)
+        job.notes.append(check_lengths(job.reference, runner, job.graph, job.source.specs, explicit, allowed))
+    return error, failure
 
 
 def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: dict[str, int | None], planned: bool) -> Report:

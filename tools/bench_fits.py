@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from rewriter import registry
 from rewriter.moments import Accumulator, Moments
@@ -34,22 +35,31 @@ Point = tuple[float, float]  # seconds, bytes
 
 
 def fit(family: str, n: int) -> Point:
-    """In a process of its own."""
+    """In a process of its own; a small fit before it, so that libraries are loaded."""
     torch.set_num_threads(1)
-    rng = torch.Generator().manual_seed(n)
-    weight = torch.randn(n, n, generator=rng) / n**0.5
-    place, scale = torch.arange(n, dtype=torch.float64), torch.logspace(-1, 1, n, dtype=torch.float64)
-    second = 0.8 ** (place[:, None] - place).abs() * scale[:, None] * scale
-    moments = Moments(second, torch.zeros(n, dtype=torch.float64), 8 * n, "synthetic")
-    limit = int(SHARES.get(family, SHARE) * n * n)
+    _fit(family, *_layer(64))
+    weight, seen = _layer(n)
     before, begin = _peak(), time.perf_counter()
-    found = registry.structures()[family]().fit(weight, moments, limit, rng)
+    found = _fit(family, weight, seen)
     seconds, peak = time.perf_counter() - begin, _peak()
-    if not isinstance(found, Fitted):
-        raise SystemExit(f"red: {family} at {n}: {found.reason}")
-    if abs(moments.error(weight, found.operator.dense()) - found.weighted_error) > EQUAL[torch.float32][0]:
+    if abs(seen.error(weight, found.operator.dense()) - found.weighted_error) > EQUAL[torch.float32][0]:
         raise SystemExit(f"red: {family} at {n}: its error is not that of its operator")
     return seconds, peak - before
+
+
+def _layer(n: int) -> tuple[Tensor, Moments]:
+    weight = torch.randn(n, n, generator=torch.Generator().manual_seed(n)) / n**0.5
+    place, scale = torch.arange(n, dtype=torch.float64), torch.logspace(-1, 1, n, dtype=torch.float64)
+    second = 0.8 ** (place[:, None] - place).abs() * scale[:, None] * scale
+    return weight, Moments(second, torch.zeros(n, dtype=torch.float64), 8 * n, "synthetic")
+
+
+def _fit(family: str, weight: Tensor, seen: Moments) -> Fitted:
+    limit = int(SHARES.get(family, SHARE) * weight.numel())
+    found = registry.structures()[family]().fit(weight, seen, limit, torch.Generator().manual_seed(0))
+    if not isinstance(found, Fitted):
+        raise SystemExit(f"red: {family} at {len(weight)}: {found.reason}")
+    return found
 
 
 def moments(_: str, rows: int) -> Point:

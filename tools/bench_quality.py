@@ -6,8 +6,8 @@ encoder: all-MiniLM-L6-v2 on sentences of Python's documentation. language: a by
 two of every four numbers kept. All of it takes nine hours; `--minutes 0` leaves healing out.
 
 Every row is one `rewriter.plan`: its form, then `heal` for what is left of the minutes, calibration and fit included, so that rows take the
-same time. All calibrate on the same samples and heal on the same text; the judges come from other files. A row whose sites are not all
-rewritten, or that stores more than its budget, is red: nothing of it is printed and the exit code is 1.
+same time. All calibrate on the same samples and heal on the same text; the judges come from other files. A row of
+another form that leaves a site out, or one that stores more than its budget, is red: it is not in the table and the exit code is 1.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters:
     try:
         import transformers
     except ImportError as error:
-        why = "" if isinstance(error, ModuleNotFoundError) and error.name == "transformers" else f" whole, and here it says '{error}'"
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        why = "" if missing else f" whole, and here it fails ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
         raise RewriteError(
             f"{folder} is a Hugging Face folder, which needs transformers{why}: pip install rewriter[transformers]"
         ) from None

@@ -87,7 +87,8 @@ def train(
     begin, start = time.monotonic(), clock.progress(0)
     best = [t.detach().clone() for t in tensors]
     came = Trained(before=(first := validated()), after=first)
-    longest, checking, percent, stale, looked = 0.0, time.monotonic() - begin, 0, 0, since
+    longest, checking, percent, looked = 0.0, time.monotonic() - begin, 0, since
+    stale = halved = 0  # checks without a gain: in a row, and all
     order = _shuffled(batches, rng)
 
     def check() -> int:
@@ -105,7 +106,6 @@ def train(
         """0 to 1, from the first step on."""
         return min((clock.progress(came.steps) - start) / (1 - start), 1.0)
 
-    halved = 0
     while not clock.over(came.steps, RESERVE * (longest + checking)) and stale < PATIENCE:
         begin, now = time.monotonic(), progress()
         progressed(now)

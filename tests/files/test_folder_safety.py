@@ -307,7 +307,7 @@ def test_a_library_that_is_missing_and_one_that_is_broken_are_two_things(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused(folder, r"which needs transformers: pip install rewriter\[transformers\]")
-    (tmp_path / "transformers.py").write_text("raise ImportError('half of it is gone')")
+    (tmp_path / "transformers.py").write_text("raise ImportError('half of it is gone\\nlook up')")
     monkeypatch.delitem(sys.modules, "transformers")
     monkeypatch.syspath_prepend(tmp_path)
-    refused(folder, "needs transformers whole, and here it says 'half of it is gone'")
+    refused(folder, r"needs transformers whole, and here it fails \(ImportError: half of it is gone\): pip")
