@@ -8,8 +8,7 @@ chosen     min sum w e^2 (rewriter/allocate.py); kept only where the whole model
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
@@ -17,22 +16,21 @@ from torch import Tensor
 from rewriter.algebra import Dense
 from rewriter.allocate import FLOOR, Budget, choose
 from rewriter.cache import digest
-from rewriter.calibrate import Calibration, Samples
+from rewriter.calibrate import Calibration
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.fit import Plan, after_cost, cached, fit_families, fit_key, fitted, keep, shifted, site_cost, usable_weight
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments
+from rewriter.output_error import OutputErrors
 from rewriter.parallel import in_parallel
 from rewriter.rule import Context, Decision
 from rewriter.structure import Fitted
-from rewriter.verify import certify
 
 NOTHING = "no form of it costs less than the dense weight, or nothing is known of its input"
 LIMITS = 10  # of a curve, besides the even share
 NEAR = 1.05  # of the best error at the even share, within which a family is fitted at the other limits
 SPARSE = 3  # families that descend are fitted at every third one of those
-JUDGED = 64  # samples on which output errors are compared
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ def allocated(
 
     even = {key: units.even(key) for key in open_sites}
     first = fits(even)
-    errors = _Errors(graph, context)
+    assert context.calibration.samples is not None
+    errors = OutputErrors(graph, context.calibration.samples)
     weights = {key: errors.effect(d) for key, d in context.progress.track(first.items(), "what the output feels", len(first))}
     chosen = units.choose(weights)
     second = {**first, **fits({key: point for key, point in chosen.items() if point != even[key]})}
@@ -252,37 +251,3 @@ def _fits(
         for (site, _), decision in context.progress.track(made, "fitting", len(group)):
             decisions[site.id] = decision
     return decisions
-
-
-class _Errors:
-    """Relative errors of the model's worst output, with some sites in their new forms, on a few of the calibration samples."""
-
-    def __init__(self, graph: Graph, context: Context) -> None:
-        self.graph, self.samples = graph, _few(context.calibration.samples)
-        self.dense = {id(batch): graph.run(batch) for batch in self.samples.batches}
-
-    def effect(self, decision: Decision) -> float:
-        """Its part in the output's squared error, for each unit of its own; 0 where it was kept, 1 where the dense output is nothing."""
-        output = self.of([decision]) if decision.error else 0.0
-        return (output / (decision.error or 1.0)) ** 2 if math.isfinite(output) else 1.0
-
-    def of(self, decisions: Iterable[Decision]) -> float:
-        """The error with these and nothing else rewritten; the graph is as it was afterwards."""
-        spliced = []
-        for d in decisions:
-            if d.operator is not None:
-                self.graph.splice(d.site, d.operator, d.shift)
-                spliced.append(d)
-        try:
-            return certify(lambda feeds: self.dense[id(feeds)], self.graph.run, self.samples).estimate
-        finally:
-            for d in reversed(spliced):
-                self.graph.restore(d.site)
-
-
-def _few(samples: Samples | None) -> Samples:
-    """Evenly spread batches that hold about `JUDGED` samples."""
-    assert samples is not None
-    count = max(1, round(len(samples.batches) * min(1.0, JUDGED / max(samples.count, 1))))
-    step = len(samples.batches) / count
-    return replace(samples, batches=[samples.batches[int(i * step)] for i in range(count)])

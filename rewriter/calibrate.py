@@ -74,7 +74,7 @@ class Calibration:
         """The sites in order, in groups, with their inputs' moments (None: the input is unknown); use a group up before the next."""
         for group in self._groups(sites):
             found = self._accumulate(group)
-            held = [(site, found.get(_source(site))) for site in group]
+            held = [(site, found.get(source(site))) for site in group]
             found.clear()
             yield held
             held.clear()
@@ -83,27 +83,27 @@ class Calibration:
         limit, group, used, seen = max(SHARE * self.graph.nbytes(), LEAST), list[Site](), 0, set[object]()
         for site in sites:
             assert site.shape is not None
-            nbytes = 0 if _source(site) in seen else 8 * site.shape[1] ** 2
+            nbytes = 0 if source(site) in seen else 8 * site.shape[1] ** 2
             if group and nbytes and used + nbytes > limit:
                 yield group
                 group, used, seen = [], 0, set()
                 nbytes = 8 * site.shape[1] ** 2
             group.append(site)
-            seen.add(_source(site))
+            seen.add(source(site))
             used += nbytes
         if group:
             yield group
 
     def _accumulate(self, group: Sequence[Site]) -> dict[object, Moments]:
-        formulas = {_source(s): m for s in group if (m := norm_moments(self.graph, s)) is not None}
+        formulas = {source(s): m for s in group if (m := norm_moments(self.graph, s)) is not None}
         if self.samples is None:
             return formulas
         accumulators: dict[object, Accumulator] = {}
         taps: dict[Value, list[Callable[[Tensor, Tensor | None], None]]] = {}
         for site in group:
-            if _source(site) not in accumulators and all(self.graph.can_tap(p.x) for p in site.places):
+            if source(site) not in accumulators and all(self.graph.can_tap(p.x) for p in site.places):
                 assert site.shape is not None
-                accumulator = accumulators[_source(site)] = Accumulator(site.shape[1])
+                accumulator = accumulators[source(site)] = Accumulator(site.shape[1])
                 for place in site.places:
                     taps.setdefault(place.x, []).append(_feeder(accumulator, place.layout))
         if taps:
@@ -137,15 +137,20 @@ class Calibration:
             self.graph.run(batch, callbacks)
 
 
-def _source(site: Site) -> object:
+def source(site: Site) -> object:
     """What decides a site's moments: the values it reads and how the features lie in them."""
     return tuple((id(p.x), p.layout.before, p.layout.join) for p in site.places), site.shape and site.shape[1]
 
 
+def site_rows(x: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
+    """(..., n): what a site multiplies of the value that it reads, real positions only."""
+    ordered = x.permute(layout.before) if layout.before else x
+    return unpadded(ordered.flatten(-layout.join), mask)
+
+
 def _feeder(accumulator: Accumulator, layout: Layout) -> Callable[[Tensor, Tensor | None], None]:
     def feed(x: Tensor, mask: Tensor | None) -> None:
-        ordered = x.permute(layout.before) if layout.before else x
-        accumulator.update(unpadded(ordered.flatten(-layout.join), mask))
+        accumulator.update(site_rows(x, layout, mask))
 
     return feed
 

@@ -250,7 +250,8 @@ class Graph(Protocol):
     def run(
         self, feeds: Mapping[str, Tensor], taps: Mapping[Value, Callable[[Tensor], None]] | None = None, grad: bool = False
     ) -> dict[str, Tensor]:
-        """Evaluate; every tapped value is handed to its callback as often as it is computed (nested bodies included where `can_tap`).
+        """Evaluate; every tapped value is handed to its callback as often as it is computed (nested bodies included where `can_tap`), what
+        stands in for it where it was replaced.
 
         `grad`: so that what comes out can be differentiated by what `trainable` gave; RewriteError where a format cannot."""
         ...

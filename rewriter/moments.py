@@ -102,17 +102,18 @@ class Accumulator:
             self.total += part.sum(0, dtype=torch.float64)
         self.count += len(rows)
 
-    def moments(self, law: str) -> Moments:
+    def moments(self, law: str, shrunk: bool = True) -> Moments:
         """The averages so far, the accumulator being used up; at least one row must have been seen.
 
-        Few rows say little of many directions: with N rows of n features the covariance is shrunk towards its diagonal by
-        min(1/2, n / 10 N), after Ledoit and Wolf (2004), so that a fit does not take directions that no row happened to show for dead ones.
+        `shrunk`, for fits: few rows say little of many directions. With N rows of n features the covariance is shrunk towards its diagonal
+        by min(1/2, n / 10 N), after Ledoit and Wolf (2004), so that a fit does not take directions that no row happened to show for dead
+        ones.
         """
         assert self.origin is not None
         offset = self.total / self.count
         mean = self.origin.double() + offset
         covariance = self.square.div_(self.count).addr_(offset, offset, alpha=-1)
-        kept = 1 - min(0.5, len(mean) / (10 * self.count))
+        kept = 1 - min(0.5, len(mean) / (10 * self.count)) if shrunk else 1.0
         diagonal = covariance.diagonal().clone()
         covariance.mul_(kept).diagonal().copy_(diagonal)
         return Moments(covariance.addr_(mean, mean), mean, self.count, law)

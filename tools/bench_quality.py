@@ -98,7 +98,7 @@ def row(subject: Subject, form: str, budget: float, minutes: float) -> tuple[lis
         given.append(AbstractPeer(PEERS[form], budget))
     else:
         given.append(OURS[form].format(budget))
-        options |= {"budget": f"params={budget}"} if form == "ours" else {}
+        options |= {"budget": f"params={budget}"} if form == "ours" else {"objective": "params"}
     given.append(AbstractJudged(subject.judge, found))
     if minutes:
         given += [AbstractRest(begin + 60 * minutes, subject.healing), AbstractJudged(subject.judge, found)]
@@ -106,7 +106,7 @@ def row(subject: Subject, form: str, budget: float, minutes: float) -> tuple[lis
     rows = [s for s in report.sites if s.kind == "linear" and any(s.name.startswith(i.rstrip("*")) for i in subject.include)]
     before, after = (sum(s.cost["params"][end] for s in rows) for end in ("before", "after"))
     red = ""
-    if form != "ours" and any(s.status != "rewritten" for s in rows):
+    if form != "ours" and any(s.status == "kept" for s in rows):
         red = f"{form}: a site was not rewritten"
     if not form.endswith("2:4") and after > 1.001 * budget * before:
         red = f"{form}: {after / before:.3f} of the numbers exceeds {budget}"

@@ -1,6 +1,6 @@
 """A language model over bytes, trained here on the sources of Python's standard library: minutes, once; kept in the user's cache.
 
-python tools/bytelm.py [--steps 800]      # trains it, or says what the kept one is
+python tools/bytelm.py [--steps 3000]      # trains it, or says what the kept one is
 
 Pre-norm decoder: 4 layers of width 256, 8 heads, 3.1 M numbers in linears; AdamW.
 """
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 from rewriter.cache import default_folder, digest, write_atomically
 
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 256, 4, 8, 256, 16
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 256, 4, 8, 256, 8
 RATE = 3e-3
 
 
@@ -45,6 +45,8 @@ class ByteModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.place = nn.Embedding(256, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        for table in (self.embed, self.place):
+            nn.init.normal_(table.weight, std=0.1)  # at torch's 1 what the blocks add is nothing beside it for hundreds of steps
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256)
 
@@ -67,7 +69,7 @@ def windows(count: int, held_out: bool = False, seed: int = 0, length: int = CON
     return source[starts[:, None] + torch.arange(length)].long()
 
 
-def trained(steps: int = 800, seed: int = 0) -> ByteModel:
+def trained(steps: int = 3000, seed: int = 0) -> ByteModel:
     """The kept model, or a new one. What it was trained on and how is part of its name."""
     name = digest("byte model", Path(__file__).read_bytes(), text(), steps, seed, torch.__version__)
     kept = default_folder() / "models" / f"{name}.safetensors"
@@ -94,7 +96,7 @@ def _train(model: ByteModel, steps: int, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=3000)
     model, judge = trained(parser.parse_args().steps), windows(128, held_out=True)
     with torch.no_grad():
         loss = cross_entropy(model(judge[:, :-1])["logits"].flatten(0, 1), judge[:, 1:].flatten())

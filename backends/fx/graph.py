@@ -278,8 +278,9 @@ class FxGraph:
         self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None, grad: bool = False
     ) -> dict[str, Tensor]:
         trained = {name for names in self._trained.values() for name in names} if grad else None
+        taps = {self._current(value): call for value, call in (taps or {}).items()}
         try:
-            return dict(zip(self._output_names, run(self.program, feeds, taps or {}, trained=trained), strict=True))
+            return dict(zip(self._output_names, run(self.program, feeds, taps, trained=trained), strict=True))
         except (RuntimeError, IndexError) as problem:
             raise RewriteError(f"the model cannot run on these samples: {one_line(problem)}; check --data, --input and --dim") from problem
 

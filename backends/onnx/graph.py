@@ -255,7 +255,7 @@ class OnnxGraph:
         """Under ONNX Runtime on the CPU; the session lives until the graph or the set of taps changes."""
         if grad:
             raise RewriteError("ONNX Runtime records no gradients; give the torch model (.pt2, module or folder)")
-        taps = taps or {}
+        taps = {self._current(value): call for value, call in (taps or {}).items()}
         wanted = tuple(value.name or "" for value in taps)
         if self._session is None or self._session.taps != wanted:
             self._session = Tapped(self.model, wanted)

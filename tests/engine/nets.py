@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewriter import registry
 from rewriter.backends.files.load import open_source
+from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.cache import FitCache
 from rewriter.calibrate import Calibration, Samples
 from rewriter.graph import Graph, Site
@@ -88,6 +89,11 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 def graph(module: nn.Module, *inputs: str) -> Graph:
     found: Graph = open_source(module.eval(), Options(inputs=inputs or (MLP,))).graph
     return found
+
+
+def as_onnx(g: Graph) -> Graph:
+    """The same model, read from ONNX."""
+    return OnnxGraph(g.to_onnx(20))  # type: ignore[attr-defined]
 
 
 def sites(g: Graph) -> list[Site]:

@@ -17,6 +17,7 @@ from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments
 from rewriter.operator import flatten
+from rewriter.output_error import OutputErrors
 from rewriter.registry import parse_passes
 from rewriter.rule import Context, Decision
 from rewriter.verify import certify
@@ -85,9 +86,7 @@ def test_it_is_never_worse_than_even_shares(tmp_path: Path) -> None:
 
 def test_where_moving_does_not_help_the_even_shares_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that point the wrong way: the comparison on the whole model takes the choice back."""
-    from rewriter import budgeted
-
-    monkeypatch.setattr(budgeted._Errors, "effect", lambda self, decision: 1.0 if decision.site.name == "soft" else 0.0)
+    monkeypatch.setattr(OutputErrors, "effect", lambda self, decision: 1.0 if decision.site.name == "soft" else 0.0)
     _, _, found = run(tmp_path, branches(), budget=Budget("params", 0.5))
     assert found["loud"].after.params == found["soft"].after.params
     assert "its even part of params=0.5: moving it between sites made the output's error" in found["loud"].reason

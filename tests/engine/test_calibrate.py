@@ -14,8 +14,9 @@ from rewriter.calibrate import Calibration, Samples
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.moments import Moments, layer_norm
+from rewriter.passes.structures.low_rank import LowRank
 from rewriter.progress import Progress
-from tests.engine.nets import MLP, Mlp, Net, decaying, graph, linear, normal, samples, sites
+from tests.engine.nets import MLP, Mlp, Net, as_onnx, decaying, graph, linear, normal, samples, sites
 
 MASKED = (MLP, "attention_mask:int64[batch,seq]")
 
@@ -164,3 +165,17 @@ def test_data_wins_over_the_norms_affine_and_the_affine_over_invention() -> None
 def test_without_data_and_norm_nothing_is_known() -> None:
     assert list(found(graph(Mlp()), None).values()) == [None, None]
     assert list(found(graph(normed(False, torch.relu)), None).values()) == [None]
+
+
+@pytest.mark.parametrize("onnx", [False, True], ids=["torch", "onnx"])
+def test_a_site_behind_a_rewritten_one_sees_what_that_one_gives(onnx: bool) -> None:
+    """Its input is the other's output, whose node stays in the graph, unused."""
+    g = graph(Net(lambda n, x: n.second(n.first(x)), first=linear(normal(6, 6)), second=linear(normal(5, 6))), "x:float32[batch,6]")
+    g = as_onnx(g) if onnx else g
+    first, second = sites(g)
+    data, form = samples({"x": normal(9, 6, seed=1)}), LowRank(normal(6, 2, seed=2), normal(2, 6, seed=3))
+    g.splice(first, form)
+    ((_, found),) = next(Calibration(g, data, Progress(True)).moments([second]))
+    rows = data.batches[0]["x"] @ form.dense().T
+    assert found is not None
+    torch.testing.assert_close(found.mean.float(), rows.mean(0))

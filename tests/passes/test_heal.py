@@ -4,85 +4,31 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rewriter.backends.onnx.graph import OnnxGraph
-from rewriter.calibrate import Feeds, Samples
+from rewriter.calibrate import Feeds
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.operator import flatten
 from rewriter.passes.heal import Heal
 from rewriter.passes.healing import session, training
 from rewriter.registry import parse_passes
-from rewriter.rule import Decision
 from rewriter.structure import spell
 from rewriter.tolerances import EQUAL
-from rewriter.verify import certify
-from tests.engine.nets import context, decaying, graph, linear, normal, planted, samples, sites
-
-WIDTH = 20
-TAPE = f"x:float32[batch,seq,{WIDTH}]"
-
-
-class Blocks(nn.Module):
-    """x + b(tanh(a(x))), three times; `bias` of the second linears."""
-
-    def __init__(self, bias: bool = True, exact: bool = False) -> None:
-        super().__init__()
-        first = [planted(28, WIDTH, 2, i) if exact and i == 0 else decaying(28, WIDTH, i, 0.4) for i in range(3)]
-        self.a = nn.ModuleList(linear(w, normal(28, seed=i)) for i, w in enumerate(first))
-        self.b = nn.ModuleList(linear(decaying(WIDTH, 28, i + 9, 0.4), normal(WIDTH, seed=i) if bias else None) for i in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for a, b in zip(self.a, self.b, strict=True):
-            x = x + b(torch.tanh(a(x)))
-        return x
-
-
-def data(seed: int = 0) -> Samples:
-    return samples(*[{"x": normal(8, 4, WIDTH, seed=100 * seed + i)} for i in range(16)])
-
-
-def healed(
-    folder: Path, module: nn.Module, heal: Heal | str, first: str = "low-rank:params=0.5", names: Sequence[str] = ()
-) -> tuple[Graph, dict[str, Decision], dict[str, Decision]]:
-    """(graph, decisions before, decisions after)."""
-    g = graph(module, TAPE)
-    c = context(g, folder, data=data())
-    c.selected = [s for s in c.selected if not names or s.name in names]
-    (fit,) = parse_passes(first)
-    before = {d.site.id: d for d in fit.run(g, c)}
-    c.decisions.update(before)
-    step = parse_passes(heal)[0] if isinstance(heal, str) else heal
-    step.requires(g)
-    after = {d.site.id: d for d in step.run(g, c)}
-    assert list(after) == [s.id for s in c.selected]
-    return g, before, after
-
-
-def error(g: Graph, module: nn.Module) -> float:
-    return certify(graph(module, TAPE).run, g.run, data(1)).estimate
-
-
-def spliced(module: nn.Module, decisions: Mapping[str, Decision]) -> Graph:
-    g = graph(module, TAPE)
-    for site in sites(g):
-        d = decisions[site.id]
-        if d.operator is not None:
-            g.splice(site, d.operator, d.shift)
-    return g
+from tests.engine.nets import context, graph, normal, samples
+from tests.passes.blocks import TAPE, WIDTH, Blocks, after_two, data, error, made, spliced
 
 
 @pytest.mark.parametrize("options", ["steps=80", "steps=240:guided=true", "steps=80:weighted=true", "steps=80:average=0.9"])
 @pytest.mark.parametrize("first", ["low-rank:params=0.5", "monarch:params=0.5", "armor:params=0.9:block=4"])
 def test_every_family_gets_better(options: str, first: str, tmp_path: Path) -> None:
     module = Blocks()
-    g, before, after = healed(tmp_path, module, f"heal:{options}", first)
+    g, before, after = after_two(tmp_path, module, f"heal:{options}", first)
     assert error(g, module) < error(spliced(module, before), module)
     for key, d in after.items():
         assert "healed: loss on held-back samples" in d.reason and f"in {re.findall(r'[0-9]+', options)[0]} steps" in d.reason
@@ -92,7 +38,7 @@ def test_every_family_gets_better(options: str, first: str, tmp_path: Path) -> N
 
 def test_the_graph_holds_what_the_decisions_say(tmp_path: Path) -> None:
     module = Blocks()
-    g, _, after = healed(tmp_path, module, "heal:steps=30:guided=true")
+    g, _, after = after_two(tmp_path, module, "heal:steps=30:guided=true")
     (name,) = g.output_names()
     x = {"x": normal(2, 3, WIDTH, seed=7)}
     rtol, atol = EQUAL[torch.float32]
@@ -102,7 +48,7 @@ def test_the_graph_holds_what_the_decisions_say(tmp_path: Path) -> None:
 
 def test_biases_train_where_there_are_some(tmp_path: Path) -> None:
     for bias in (True, False):
-        _, before, after = healed(tmp_path / str(bias), Blocks(bias), "heal:steps=20")
+        _, before, after = after_two(tmp_path / str(bias), Blocks(bias), "heal:steps=20")
         for key, d in after.items():
             if d.site.name.startswith("b") and not bias:
                 assert d.shift is None
@@ -111,7 +57,7 @@ def test_biases_train_where_there_are_some(tmp_path: Path) -> None:
 
 
 def test_exact_sites_and_kept_ones_are_left_alone(tmp_path: Path) -> None:
-    _, before, after = healed(tmp_path, Blocks(exact=True), "heal:steps=10", "auto:params=0.5", ("a.0", "b.0", "a.1"))
+    _, before, after = after_two(tmp_path, Blocks(exact=True), "heal:steps=10", "auto:params=0.5", ("a.0", "b.0", "a.1"))
     by_name = {d.site.name: (before[d.site.id], d) for d in after.values()}
     assert set(by_name) == {"a.0", "b.0", "a.1"}
     was, now = by_name["a.0"]
@@ -146,7 +92,7 @@ def test_training_that_does_not_help_is_taken_back(tmp_path: Path, monkeypatch: 
         return sum((t.square().sum() for t in weights if t.requires_grad), torch.zeros(()))
 
     monkeypatch.setattr(session.Session, "_probe", probe, raising=False)
-    _, before, after = healed(tmp_path, Blocks(), "heal:steps=12")
+    _, before, after = after_two(tmp_path, Blocks(), "heal:steps=12")
     for key, d in after.items():
         assert "healing did not help" in d.reason
         assert d.operator is before[key].operator and d.shift is before[key].shift
@@ -170,7 +116,7 @@ def test_a_failure_leaves_the_graph_as_it_was(tmp_path: Path) -> None:
 
 
 def test_steps_are_reproducible(tmp_path: Path) -> None:
-    found = [healed(tmp_path / str(i), Blocks(), "heal:steps=12")[2] for i in range(2)]
+    found = [after_two(tmp_path / str(i), Blocks(), "heal:steps=12")[2] for i in range(2)]
     for key, d in found[0].items():
         other = found[1][key].operator
         assert d.operator is not None and other is not None
@@ -187,7 +133,7 @@ def test_the_minutes_are_a_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return now[0]
 
     monkeypatch.setattr(training.time, "monotonic", tick)
-    _, _, after = healed(tmp_path, Blocks(), "heal:minutes=1")
+    _, _, after = after_two(tmp_path, Blocks(), "heal:minutes=1")
     assert now[0] <= 60.0
     assert all("healed" in d.reason for d in after.values())
 
@@ -204,7 +150,7 @@ def test_the_dense_model_takes_only_a_part_of_the_time(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(session.Targets, "put", slow)
     monkeypatch.setattr(training.time, "monotonic", lambda: now.__setitem__(0, now[0] + 0.1) or now[0])
-    healed(tmp_path, Blocks(), "heal:minutes=1")
+    after_two(tmp_path, Blocks(), "heal:minutes=1")
     assert seen[:2] == [0, 8] and 3 <= len(seen) <= 5
 
 
@@ -218,7 +164,7 @@ def test_own_data_and_loss(tmp_path: Path) -> None:
         return (y - given["label"]).square().mean()
 
     module = Blocks()
-    g, before, after = healed(tmp_path, module, Heal(steps=150, data=iter(feeds), loss=loss))
+    g, before, after = after_two(tmp_path, module, Heal(steps=150, data=iter(feeds), loss=loss))
 
     def far(one: Graph) -> float:
         return sum(float(loss(one.run(batch), {"label": goal})) for batch in data(1).batches)
@@ -259,7 +205,7 @@ def test_it_refuses_invented_samples_and_too_few(tmp_path: Path) -> None:
 
 
 def test_it_refuses_onnx() -> None:
-    g = OnnxGraph(graph(Blocks(), TAPE).to_onnx(20))  # type: ignore[attr-defined]
+    g = made(Blocks(), onnx=True)
     with pytest.raises(RewriteError, match=r"an ONNX model does not; give the torch model"):
         Heal().requires(g)
 

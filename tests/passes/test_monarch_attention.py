@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from rewriter import registry
 from rewriter.backend import EmitOptions
-from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Port, Region, Site
 from rewriter.passes.monarch_attention import MonarchAttentionPass
@@ -24,7 +23,7 @@ from rewriter.passes.structures.monarch_attention import MonarchAttention
 from rewriter.registry import parse_passes
 from rewriter.rule import Context, Decision
 from rewriter.tolerances import EQUAL
-from tests.engine.nets import FakeTarget, context, graph, normal, samples
+from tests.engine.nets import FakeTarget, as_onnx, context, graph, normal, samples
 
 TIME = 40
 Masking = Callable[[Tensor], Tensor | None]
@@ -136,7 +135,7 @@ SEEN = [("torch", padding), ("torch", everything), ("torch", none), ("onnx", pad
 
 @pytest.mark.parametrize(("form", "masking"), SEEN)
 def test_layers_as_they_are_detected(tmp_path: Path, form: str, masking: Masking) -> None:
-    g = traced(masking) if form == "torch" else OnnxGraph(traced(masking).to_onnx(20))  # type: ignore[attr-defined]
+    g = traced(masking) if form == "torch" else as_onnx(traced(masking))
     (found,) = (s for detect in registry.detectors() for s in detect(g) if s.kind == "attention")
     decision, _ = decided(g, tmp_path, "monarch-attention:error=5", found)
     expected, _ = decided(traced(masking), tmp_path, "monarch-attention:error=5")

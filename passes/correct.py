@@ -1,0 +1,201 @@
+"""`correct`: refits lossy sites in order, each to what the dense model's site gives, from the inputs that the rewritten model feeds it.
+
+T = W (I + E[d x'] E[x x']^-1),  d = (the dense model's input) - x:  the least squares of the dense products W (x + d) on the input x that
+the rewritten model has there, corrections before it included. The site's own form is fitted to T under x, and its bias takes up the mean of
+what is left. Covariances instead of second moments where it has such a bias.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rewriter.calibrate import Feeds, Samples, padding_mask, site_rows, source
+from rewriter.errors import RewriteError
+from rewriter.fit import after_cost, keep, shifted, usable_weight
+from rewriter.graph import Graph, Layout, Value
+from rewriter.moments import Accumulator, Moments
+from rewriter.operator import AbstractMatrix
+from rewriter.output_error import OutputErrors
+from rewriter.passes.healing.targets import Targets
+from rewriter.registry import parse_passes
+from rewriter.rule import AbstractPass, Context, Decision
+
+HELD_OUT = 8  # every eighth batch judges
+RIDGE = 1e-3  # of the inputs' mean square: what no sample shows is not corrected
+GAIN = 1e-3  # of the error of a site's product, below which nothing is changed
+Stage = list[Decision]  # sites that read the same value
+
+
+@dataclass(frozen=True)
+class Correct(AbstractPass):
+    """No options: it runs over the calibration samples once for each value that lossy sites read, and once for the dense model."""
+
+    name: ClassVar[str] = "correct"
+    summary: ClassVar[str] = "refits lossy sites in order to what reaches them, in closed form; kept only where that is better"
+
+    def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
+        decisions = {s.id: context.decisions.get(s.id) or keep(s, "no earlier pass rewrote this one") for s in context.selected}
+        lossy = [d for d in decisions.values() if isinstance(d.operator, AbstractMatrix) and not d.exact]
+        if lossy:
+            decisions |= {d.site.id: d for d in _Correction(graph, context, _samples(context)).of(lossy)}
+        yield from decisions.values()
+
+
+def _samples(context: Context) -> Samples:
+    """What is fitted to; RewriteError where nothing says what the model will see."""
+    samples = context.calibration.samples
+    if samples is None or samples.invented:
+        raise RewriteError("correct fits to what the model will see, and invented inputs are not that; give --data")
+    if len(samples.batches) < 2:
+        raise RewriteError("correct needs two batches of samples at least, one to fit and one to judge by; give more --data")
+    return samples
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """Joint moments of [x; d], (2n, 2n), on the samples that are fitted and on those that judge."""
+
+    fitted: Moments
+    held: Moments
+
+
+class _Correction:
+    """Dense inputs lie on disk while it works; the graph holds the decisions that it gives, whatever happens."""
+
+    def __init__(self, graph: Graph, context: Context, samples: Samples) -> None:
+        self.graph, self.context, self.samples = graph, context, samples
+
+    def of(self, lossy: Sequence[Decision]) -> list[Decision]:
+        kept, track = list(lossy), self.context.progress.track
+        try:
+            for d in lossy:
+                self.graph.restore(d.site)
+            errors = OutputErrors(self.graph, replace(self.samples, batches=self.samples.batches[::HELD_OUT]))
+            stages = [list(group) for _, group in itertools.groupby(lossy, lambda d: source(d.site))]
+            with tempfile.TemporaryDirectory(prefix="rewriter-correct-") as folder:
+                dense = Targets(Path(folder))
+                for index in track(range(len(self.samples.batches)), "the dense model's inputs", len(self.samples.batches)):
+                    dense.put(index, self._inputs(stages, self.samples.batches[index]))
+                self._splice(lossy)
+                before = errors.now()
+                tried = [d for stage in track(stages, "correcting", len(stages)) for d in self._stage(stage, dense)]
+                after = errors.now()
+            said = f"output error {before:.3g} to {after:.3g} on held-back samples"
+            if after <= before:
+                kept = tried
+            else:
+                kept = [replace(d, reason=f"{d.reason}; correction did not help ({said}): left as it was") for d in lossy]
+        finally:
+            self._splice(kept)
+        return kept
+
+    def _splice(self, decisions: Sequence[Decision]) -> None:
+        for d in decisions:
+            assert d.operator is not None
+            self.graph.splice(d.site, d.operator, d.shift)
+
+    def _inputs(self, stages: Sequence[Stage], feeds: Feeds) -> dict[str, Tensor]:
+        """What each stage's sites read on a batch, (rows, n), by the site that comes first."""
+        readers = dict[Value, list[tuple[list[Tensor], Layout]]]()
+        found = {stage[0].site.id: list[Tensor]() for stage in stages}
+        for stage in stages:
+            for place in stage[0].site.places:
+                if self.graph.can_tap(place.x):
+                    readers.setdefault(place.x, []).append((found[stage[0].site.id], place.layout))
+        mask = padding_mask(feeds)
+
+        def keep_rows(value: Value, x: Tensor) -> None:
+            for rows, layout in readers[value]:
+                rows.append(site_rows(x, layout, mask))
+
+        self.graph.run(feeds, {value: functools.partial(keep_rows, value) for value in readers})
+        return {key: torch.cat([r.flatten(0, -2) for r in rows]) for key, rows in found.items() if rows}
+
+    def _stage(self, stage: Stage, dense: Targets) -> Stage:
+        """Its decisions, refitted where that is better on what judges; the graph holds them."""
+        fed = self._fed(stage, dense)
+        if isinstance(fed, str):
+            return [replace(d, reason=f"{d.reason}; not corrected: {fed}") for d in stage]
+        found = [self._refitted(d, fed) for d in stage]
+        self._splice(found)
+        return found
+
+    def _fed(self, stage: Stage, dense: Targets) -> _Fed | str:
+        site = stage[0].site
+        assert site.shape is not None
+        fitted, held = Accumulator(2 * site.shape[1]), Accumulator(2 * site.shape[1])
+        for index, feeds in enumerate(self.samples.batches):
+            now, then = self._inputs([stage], feeds).get(site.id), dense[index].get(site.id)
+            if now is None or then is None:
+                continue
+            if now.shape != then.shape:
+                return "the rewritten model gives it other rows than the dense one"
+            (fitted if index % HELD_OUT else held).update(torch.cat([now, then - now], 1))
+        if not fitted.count or not held.count:
+            return "no samples reach it"
+        return _Fed(fitted.moments(self.samples.law), held.moments(self.samples.law, shrunk=False))
+
+    def _refitted(self, decision: Decision, fed: _Fed) -> Decision:
+        """The better of a refit and of a new bias alone, where it is better than what stands there."""
+        weight, site = usable_weight(self.graph, decision.site), decision.site
+        assert isinstance(weight, Tensor) and isinstance(decision.operator, AbstractMatrix)
+        before = _error(weight, decision.operator, decision.shift, fed.held)
+        found = []
+        for operator, spelling in self._forms(decision, weight, fed.fitted):
+            shift = _gap(weight, operator) @ fed.fitted.mean if shifted(self.graph, site) else None
+            error = _error(weight, operator, shift, fed.held)
+            after = after_cost(site, operator)
+            found.append(replace(decision, operator=operator, structure=spelling, shift=shift, error=error, after=after))
+        best = min(found, key=lambda d: d.error or 0.0)
+        said = f"the error of its product on held-back samples {before:.3g} to {best.error:.3g}"
+        if not (best.error or 0.0) < (1 - GAIN) * before:
+            return replace(decision, reason=f"{decision.reason}; not corrected: it would take {said}")
+        return replace(best, reason=f"{decision.reason}; corrected: {said}")
+
+    def _forms(self, decision: Decision, weight: Tensor, fed: Moments) -> list[tuple[AbstractMatrix, str]]:
+        """What stands there, and its family's fit at the same options and no more numbers."""
+        site, operator = decision.site, decision.operator
+        assert isinstance(operator, AbstractMatrix) and site.dtype is not None
+        seen = fed.centered() if shifted(self.graph, site) else fed
+        (step,) = parse_passes(decision.structure)
+        fit = step.structure.fit(target(weight, seen), _of_inputs(seen), operator.cost().params, self.context.rng(site))
+        return [(operator, decision.structure), *([(fit.operator.to(site.dtype), fit.spelling)] if fit else [])]
+
+
+def target(weight: Tensor, fed: Moments) -> Tensor:
+    """T, (m, n) in the weight's dtype, from the joint moments of [x; d]."""
+    n = weight.shape[1]
+    square, crossed = fed.second[:n, :n], fed.second[n:, :n]
+    ridge = RIDGE * square.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny) * torch.eye(n, dtype=torch.float64)
+    w = weight.double()
+    corrected: Tensor = w + w @ torch.linalg.solve(square + ridge, crossed.T).T
+    return corrected.to(weight.dtype)
+
+
+def _of_inputs(fed: Moments) -> Moments:
+    n = fed.features // 2
+    return replace(fed, second=fed.second[:n, :n].contiguous(), mean=fed.mean[:n])
+
+
+def _gap(weight: Tensor, operator: AbstractMatrix) -> Tensor:
+    """(m, 2n): W (x + d) - W' x = [W - W', W] [x; d]."""
+    w = weight.double()
+    return torch.cat([w - operator.to(torch.float64).dense(), w], 1)
+
+
+def _error(weight: Tensor, operator: AbstractMatrix, shift: Tensor | None, fed: Moments) -> float:
+    """Of the site's product and shift, relative to the dense model's product there."""
+    gap, w = _gap(weight, operator), weight.double()
+    left = gap @ fed.mean - (0 if shift is None else shift)
+    lost = ((gap @ fed.covariance()) * gap).sum() + left.square().sum()
+    dense = fed.energy(torch.cat([w, w], 1))
+    return float((lost.clamp_min(0) / max(dense, torch.finfo(torch.float64).tiny)).sqrt())
