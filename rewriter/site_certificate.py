@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from rewriter.calibrate import Feeds
+from rewriter.cubature import cubature
 from rewriter.errors import RewriteError
 from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
@@ -23,15 +24,20 @@ from rewriter.verify import certify
 CAP = 1 << 18  # points of all replications together
 
 
-def certify_site(weight: Tensor, operator: AbstractMatrix, moments: Moments, precision: float = 0.01, seed: int = 0) -> OutputError:
+def certify_site(
+    weight: Tensor, operator: AbstractMatrix, moments: Moments, precision: float = 0.01, seed: int = 0, rule: str = "sobol"
+) -> OutputError:
     """The certificate of an (m, n) `operator` in place of `weight`, its half-width at most `precision` times the error within CAP points.
 
-    RewriteError where weight, operator and moments are not of one shape.
+    `rule`: sobol, or one of `rewriter.cubature.RULES`, which need the extra `qmc`. RewriteError where weight, operator and moments are not
+    of one shape, or the rule cannot be had.
     """
     other = operator.dense().double()
     if other.shape != weight.shape or moments.features != weight.shape[1]:
         given = f"{list(weight.shape)}, {list(other.shape)} and {moments.features} inputs"
         raise RewriteError(f"weight, operator and moments are of {given}; give two (m, n) matrices and the moments of n inputs")
+    if rule != "sobol":
+        return cubature(weight, operator, moments, rule, precision, seed)
     root = principal_root(moments.covariance())
 
     def draw(replication: int, start: int, count: int) -> list[Feeds]:

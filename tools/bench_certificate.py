@@ -3,10 +3,10 @@
     python tools/bench_certificate.py
 
 Coverage: 100 certificates of models whose error is known (a matrix: in closed form; an MLP behind a LayerNorm: 2^20 random samples); target
-at least 90 of 100 for every rule that stops. The heavy tail has no target: it shows what few samples of one are worth. Savings: the FFN of
-MiniLM's third layer, its first matrix cut to rank 154 by weighted fit, under N(mean, covariance) of its inputs on 200 sentences: random
-samples that the half-width of scrambled Sobol' points takes, over those points; target 5 at 1,024 points. No savings are printed while a
-coverage is red.
+at least 90 of 100 for every rule that stops. The heavy tail has no target: it shows what few samples of one are worth; nor has QMCPy's
+cone rule on lattices, which is left out for what it shows. Savings: the FFN of MiniLM's third layer, its first matrix cut to rank 154 by
+weighted fit, under N(mean, covariance) of its inputs on 200 sentences: random samples that the half-width of scrambled Sobol' points takes,
+over those points; target 5 at 1,024 points. No savings are printed while a coverage is red.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rewriter import cubature
 from rewriter.algebra import Dense
 from rewriter.backends.files.folder import load_folder
 from rewriter.moments import Moments
@@ -34,6 +35,7 @@ REPETITIONS, TARGET = 100, 90
 SAVED = 5.0
 DIM = 16
 RULES = (4, 0.05, 0.01)  # samples of a replication, or precision
+LEFT_OUT = cubature.Rule("Lattice", "CubQMCLatticeG", cubature.RULES["cone"].options, 9125, None, 1.0)
 Pair = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> dense and rewritten output
 
 
@@ -110,13 +112,18 @@ def coverage(console: Console) -> bool:
             median = f"{sorted(r[0] for r in rows)[REPETITIONS // 2]:,}"
             verdict = "" if pair is rare else "yes" if good else "NO"
             table.add_row(name, f"{known:.4f}", said, median, str(held), str(plain) if rule >= 1 else "", verdict)
-    by_site = [certify_site(weight, Dense(other.T), moments, 0.05, seed) for seed in range(REPETITIONS)]
     known = moments.error(weight, other)
-    held = sum(abs(f.estimate - known) <= f.half_width for f in by_site)
-    median = f"{sorted(f.samples for f in by_site)[REPETITIONS // 2]:,}"
-    table.add_row("matrix, by certify_site", f"{known:.4f}", "precision 0.05", median, str(held), "", "yes" if held >= TARGET else "NO")
+    cubature.RULES["lattice cone"] = LEFT_OUT
+    for named in ("sobol", *cubature.RULES):
+        by_site = [certify_site(weight, Dense(other.T), moments, 0.05, seed, named) for seed in range(REPETITIONS)]
+        held = sum(abs(f.estimate - known) <= f.half_width for f in by_site)
+        verdict = "" if named == "lattice cone" else "yes" if held >= TARGET else "NO"
+        red += verdict == "NO"
+        median = f"{sorted(f.samples for f in by_site)[REPETITIONS // 2]:,}"
+        said = f"precision 0.05, {named}"
+        table.add_row("matrix, by certify_site", f"{known:.4f}", said, median, str(held), "", verdict)
     console.print(table)
-    return not red and held >= TARGET
+    return not red
 
 
 def judged(pair: Pair, axes: Tensor, rule: float, seed: int) -> tuple[int, tuple[float, float], tuple[float, float]]:

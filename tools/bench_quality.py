@@ -97,7 +97,7 @@ def row(subject: Subject, form: str, budget: float, minutes: float) -> tuple[lis
     if form in PEERS:
         given.append(AbstractPeer(PEERS[form], budget))
     else:
-        given.append(OURS[form].format(budget))
+        given += OURS[form].format(budget).split(",")
         options |= {"budget": f"params={budget}"} if form == "ours" else {"objective": "params"}
     given.append(AbstractJudged(subject.judge, found))
     if minutes:

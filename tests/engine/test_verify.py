@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rewriter import cubature
 from rewriter.algebra import Dense
 from rewriter.calibrate import Samples
 from rewriter.errors import RewriteError
@@ -314,6 +317,32 @@ def test_a_site_is_certified_under_its_own_law() -> None:
         assert abs(f.estimate - truth) <= 2 * f.half_width
     assert found.max >= found.p99 > found.estimate
     assert found.law == "N(mean, covariance) of: upstream LayerNorm affine; scrambled Sobol' points"
+
+
+@pytest.mark.parametrize("rule", cubature.RULES)
+def test_a_site_is_certified_by_qmcpys_rules(rule: str) -> None:
+    """With a mean and a covariance, against the closed form; the seed names the points."""
+    weight, moments = decaying(20, 24).double(), layer_norm(1 + normal(24, seed=5).abs(), normal(24, seed=6), rms=False)
+    other = decaying(20, 24, power=3.0).double()
+    found, again, *more = (certify_site(weight, Dense(other.T), moments, 0.01, seed, rule) for seed in (0, 0, *range(1, 20)))
+    truth = moments.error(weight, other)
+    assert found == again and found.reached and found.half_width <= 0.01 * found.estimate
+    assert len({f.estimate for f in (found, *more)}) == 20
+    assert sum(abs(f.estimate - truth) <= f.half_width for f in (found, *more)) >= 15
+    assert found.max >= found.p99 > found.estimate and found.samples >= 1024
+    assert found.law.startswith("N(mean, covariance) of: upstream LayerNorm affine; ")
+
+
+def test_points_that_qmcpy_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments = decaying(20, 24), layer_norm(torch.ones(24), None, rms=True)
+    with pytest.raises(RewriteError, match="rule 'halton' is unknown; give one of sobol, lattice, net, cone"):
+        certify_site(weight, Dense(weight.T), moments, rule="halton")
+    monkeypatch.setitem(cubature.RULES, "net", replace(cubature.RULES["net"], most=23))
+    with pytest.raises(RewriteError, match="24 inputs are beyond the 23 dimensions of QMCPy's DigitalNetB2; give the rule sobol"):
+        certify_site(weight, Dense(weight.T), moments, rule="net")
+    monkeypatch.setitem(sys.modules, "qmcpy", None)
+    with pytest.raises(RewriteError, match=r"need QMCPy \(.*\); pip install 'rewriter\[qmc\]', or give the rule sobol"):
+        certify_site(weight, Dense(weight.T), moments, rule="lattice")
 
 
 def test_a_site_of_another_shape_is_refused() -> None:
