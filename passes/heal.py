@@ -28,8 +28,9 @@ from rewriter.structure import spell
 class Heal(AbstractPass):
     """minutes: wall clock, kept; steps: so many instead, which is reproducible; rate: the step, relative to each tensor's size;
     guided: start from the dense weight and fade it; weighted: blocks that lag count more; average: the decay of an average of the weights,
-    which is then what is judged and kept; data: from Python, an iterable of batches to train on; loss: from Python, loss(outputs, feeds),
-    a scalar that takes the place of the outputs' distance from the dense ones.
+    which is then what is judged and kept; blockwise: this share of what is left after the dense model's run goes to the blocks, one after
+    another, before all are trained together; data: from Python, an iterable of batches to train on; loss: from Python, loss(outputs,
+    feeds), a scalar that takes the place of the outputs' distance from the dense ones.
 
     Batches may hold more than the model takes, such as labels.
     """
@@ -42,6 +43,7 @@ class Heal(AbstractPass):
     guided: bool = False
     weighted: bool = False
     average: float = 0.0
+    blockwise: float = 0.0
     data: Any = None
     loss: Any = None
 
@@ -55,6 +57,11 @@ class Heal(AbstractPass):
         if not 0 <= self.average < 1:
             raise RewriteError(f"heal:average={self.average} is out of range; give 0 (off) or a decay below 1, such as 0.99")
 
+        if not 0 <= self.blockwise < 1:
+            raise RewriteError(
+                f"heal:blockwise={self.blockwise} is out of range; give 0 (off) or a share of the time below 1, such as 0.25"
+            )
+
     def requires(self, graph: Graph) -> None:
         if graph.format != "torch":
             raise RewriteError("heal trains, and an ONNX model does not; give the torch model (.pt2, module or folder)")
@@ -67,7 +74,7 @@ class Heal(AbstractPass):
         decisions = {site.id: context.decisions.get(site.id) or _unseen(site) for site in context.selected}
         lossy = {key: d for key, d in decisions.items() if _trains(d)}
         if lossy:
-            recipe = Recipe(self.rate, self.guided, self.weighted, self.average, self.loss)
+            recipe = Recipe(self.rate, self.guided, self.weighted, self.average, self.blockwise, self.loss)
             rng = torch.Generator().manual_seed(context.seed)
             with Session(graph, lossy, self._feeds(context), recipe, clock, rng, context.progress) as session:
                 decisions |= session.healed()

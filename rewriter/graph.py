@@ -256,6 +256,12 @@ class Graph(Protocol):
         `grad`: so that what comes out can be differentiated by what `trainable` gave; RewriteError where a format cannot."""
         ...
 
+    def part(self, feeds: Mapping[str, Tensor], given: Mapping[Value, Tensor], wanted: Value, grad: bool = False) -> Tensor:
+        """One value of the main body on a batch, the given values taken as they are, nothing before them computed; `grad` as in `run`.
+
+        RewriteError where a format cannot."""
+        ...
+
     def trainable(self, site: Site) -> Sequence[Tensor]:
         """The floats that `splice` stored for a site: its factors as `flatten` has them, then the biases that it holds. An optimiser may
         change them in place; they are what `run` uses."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -22,7 +23,7 @@ from rewriter.backends.fx import edit, loops, names, region, sizes
 from rewriter.backends.fx.compute import compute
 from rewriter.backends.fx.constants import STORED, Body, Constants, bodies
 from rewriter.backends.fx.custom_op import MAP, SITE
-from rewriter.backends.fx.interpreter import run
+from rewriter.backends.fx.interpreter import part, run
 from rewriter.backends.fx.trace import copy_inputs_that_leave, decomposed, settle_attention
 from rewriter.cache import fingerprint
 from rewriter.errors import RewriteError
@@ -277,10 +278,22 @@ class FxGraph:
     def run(
         self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None, grad: bool = False
     ) -> dict[str, Tensor]:
-        trained = {name for names in self._trained.values() for name in names} if grad else None
         taps = {self._current(value): call for value, call in (taps or {}).items()}
+        with self._failures():
+            return dict(zip(self._output_names, run(self.program, feeds, taps, trained=self._learning(grad)), strict=True))
+
+    def part(self, feeds: Mapping[str, Tensor], given: Mapping[Node, Tensor], wanted: Node, grad: bool = False) -> Tensor:
+        known = {self._current(value): tensor for value, tensor in given.items()}
+        with self._failures():
+            return part(self.program, feeds, known, self._current(wanted), self._learning(grad))
+
+    def _learning(self, grad: bool) -> set[str] | None:
+        return {name for names in self._trained.values() for name in names} if grad else None
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
         try:
-            return dict(zip(self._output_names, run(self.program, feeds, taps, trained=trained), strict=True))
+            yield
         except (RuntimeError, IndexError) as problem:
             raise RewriteError(f"the model cannot run on these samples: {one_line(problem)}; check --data, --input and --dim") from problem
 

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from rewriter.backends.fx.custom_op import MAP, SITE, body, map_body
 from rewriter.errors import RewriteError
+from rewriter.order import in_order
 
 Taps = Mapping[Node, Callable[[Tensor], None]]
 Swaps = Mapping[Node, Callable[[Tensor], Tensor]]
@@ -47,6 +48,32 @@ def run(
     program: ExportedProgram, feeds: Mapping[str, Tensor], taps: Taps, swaps: Swaps | None = None, trained: Collection[str] | None = None
 ) -> list[Tensor]:
     """The user outputs for named inputs. `trained`: names of the stored tensors that gradients go to; None records nothing."""
+    with torch.set_grad_enabled(trained is not None):
+        values = Tapped(program.graph_module, taps, swaps or {}).run(*_arguments(program, feeds, trained))
+    specs = program.graph_signature.output_specs
+    return [v for s, v in zip(specs, values, strict=True) if s.kind is OutputKind.USER_OUTPUT]
+
+
+def part(
+    program: ExportedProgram,
+    feeds: Mapping[str, Tensor],
+    given: Mapping[Node, Tensor],
+    wanted: Node,
+    trained: Collection[str] | None = None,
+) -> Tensor:
+    """One value of the main body; those that are given are taken as they are, and nothing before them is computed."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    interpreter = Tapped(program.graph_module, {}, {})
+    interpreter.env = {**dict(zip(placeholders, _arguments(program, feeds, trained), strict=True)), **given}
+    with torch.set_grad_enabled(trained is not None):
+        for node in in_order(wanted, lambda n: n.all_input_nodes, interpreter.env):
+            interpreter.env[node] = interpreter.run_node(node)
+    value: Tensor = interpreter.env[wanted]
+    return value
+
+
+def _arguments(program: ExportedProgram, feeds: Mapping[str, Tensor], trained: Collection[str] | None) -> list[Any]:
+    """What the program's placeholders stand for, in order."""
     arguments: list[Any] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind is not InputKind.USER_INPUT:
@@ -59,7 +86,4 @@ def run(
             arguments.append(feeds[spec.arg.name])
         else:
             raise RewriteError(f"input '{spec.arg.name}' is missing; the model takes {list(program.graph_signature.user_inputs)}")
-    with torch.set_grad_enabled(trained is not None):
-        values = Tapped(program.graph_module, taps, swaps or {}).run(*arguments)
-    specs = program.graph_signature.output_specs
-    return [v for s, v in zip(specs, values, strict=True) if s.kind is OutputKind.USER_OUTPUT]
+    return arguments

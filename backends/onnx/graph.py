@@ -261,6 +261,9 @@ class OnnxGraph:
             self._session = Tapped(self.model, wanted)
         return self._session(feeds, list(taps.values()))
 
+    def part(self, feeds: Mapping[str, Tensor], given: Mapping[ir.Value, Tensor], wanted: ir.Value, grad: bool = False) -> Tensor:
+        raise RewriteError("an ONNX model runs as a whole; give the torch model (.pt2, module or folder)")
+
     def trainable(self, site: Site) -> Sequence[Tensor]:
         raise RewriteError("the weights of an ONNX graph do not train; give the torch model (.pt2, module or folder)")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -18,6 +18,7 @@ from rewriter.errors import RewriteError
 from rewriter.fit import shifted
 from rewriter.graph import Graph, load_weight
 from rewriter.operator import AbstractMatrix, flatten, unflatten
+from rewriter.passes.healing.blockwise import Chain
 from rewriter.passes.healing.guided import Guided
 from rewriter.passes.healing.loss import Loss
 from rewriter.passes.healing.targets import Targets, states
@@ -40,6 +41,7 @@ class Recipe:
     guided: bool
     weighted: bool
     average: float
+    blockwise: float
     loss: Callable[[Mapping[str, Tensor], Feeds], Tensor] | None
 
 
@@ -58,6 +60,11 @@ class _Student:
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.factors, *([self.bias] if self.bias is not None else [])]
+
+    def fade(self, share: float) -> None:
+        """So much of the guiding dense weight, where there is one."""
+        if self.guided is not None:
+            self.guided.mix(share)
 
 
 class Session:
@@ -95,7 +102,9 @@ class Session:
         try:
             self._teach()
             students = {key: self._student(decision) for key, decision in self.lossy.items()}
-            came = self._train(list(students.values()))
+            start, steps = (self._validate(), self._reconstruct(students)) if self.recipe.blockwise else (None, 0)
+            came = self._train(list(students.values()), steps)
+            came = replace(came, before=came.before if start is None else start, steps=came.steps + steps)
             trained = {key: _after(student) for key, student in students.items()}
             self._splice(trained)
             came = replace(came, after=self._validate())  # in the form that is kept, to its rounding
@@ -113,7 +122,8 @@ class Session:
         """Run the dense model over the samples, those that judge first, for a part of the time at most."""
         for d in self.lossy.values():
             self.graph.restore(d.site)
-        self.blocks = [value for value, _ in cuts(self.graph, [d.site for d in self.lossy.values()])]
+        blocks = cuts(self.graph, [d.site for d in self.lossy.values()])
+        self.blocks, self.inside = [value for value, _ in blocks], [{site.id for site in sites} for _, sites in blocks]
         order = [self.training[i] for i in torch.randperm(len(self.training), generator=self.rng)]
         taught = list[int]()
         for index in self.progress.track([*self.validation, *order], "the dense model's states", len(self.validation) + len(order)):
@@ -139,11 +149,34 @@ class Session:
         bias = own[whole].requires_grad_() if len(own) == whole + 1 else None
         return _Student(decision, operator, guided, own[:ours], bias, shift, None if bias is None else bias.detach().clone())
 
-    def _train(self, students: Sequence[_Student]) -> Trained:
+    def _reconstruct(self, students: Mapping[str, _Student]) -> int:
+        """Train the blocks in turn, for their share of what time is left; the steps that they took."""
+        folder = Path(self.folder.name) / "inputs"
+        folder.mkdir()
+        chain, done, taken = Chain(self.graph, self.blocks, self.feeds, self.targets, folder), self.clock.progress(0), 0
+        end = done + self.recipe.blockwise * (1 - done)
+        for student in students.values():
+            student.fade(0.0)
+        for block, inside in enumerate(self.inside):
+            clock = self.clock.part(taken, end, len(self.inside) - block)
+            tensors = [t for key, s in students.items() if key in inside for t in s.tensors]
+            *_, came = self.progress.track(self._block(chain, block, tensors, clock), f"block {block + 1} of {len(self.inside)}", 101)
+            taken += came.steps
+            if block + 1 < len(self.inside):
+                chain.advance(block, [*self.validation, *self.training])
+        return taken
+
+    def _block(self, chain: Chain, block: int, tensors: Sequence[Tensor], clock: Clock) -> Iterator[Trained]:
+        def validate() -> float:
+            return sum(float(chain.loss(block, i, False)) for i in self.validation) / len(self.validation)
+
+        rate, average = self.recipe.rate, self.recipe.average
+        return train(tensors, lambda i: chain.loss(block, i, True), validate, self.training, clock, rate, average, self.rng, lambda p: None)
+
+    def _train(self, students: Sequence[_Student], taken: int) -> Trained:
         def mix(share: float) -> None:
             for student in students:
-                if student.guided is not None:
-                    student.guided.mix(share)
+                student.fade(share)
 
         def faded(progress: float) -> float:
             return 0.5 * (1 + math.cos(math.pi * min(progress / FADED, 1.0)))
@@ -157,7 +190,7 @@ class Session:
             lambda index: self._of(index, self.loss, True),
             validate,
             self.training,
-            self.clock,
+            self.clock.less(taken),
             self.recipe.rate,
             self.recipe.average,
             self.rng,

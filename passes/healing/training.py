@@ -38,6 +38,17 @@ class Clock:
         """Of the whole, so many seconds; nothing where steps count."""
         return 0.0 if self.steps is not None else seconds / self.seconds
 
+    def part(self, taken: int, end: float, parts: int) -> Clock:
+        """One of so many equal parts of what is left until `end`, in progress of the whole, after so many steps."""
+        if self.steps is not None:
+            return Clock(self.begin, self.seconds, max(1, (int(end * self.steps) - taken) // parts))
+        now = time.monotonic()
+        return Clock(now, max(self.begin + end * self.seconds - now, 0.0) / parts)
+
+    def less(self, steps: int) -> Clock:
+        """What is left after so many steps."""
+        return self if self.steps is None else Clock(self.begin, self.seconds, max(self.steps - steps, 1))
+
     def over(self, done: int, reserve: float) -> bool:
         """Whether the next step, and `reserve` seconds after it, would be too much."""
         if self.steps is not None:

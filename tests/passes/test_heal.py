@@ -24,7 +24,9 @@ from tests.engine.nets import context, graph, normal, samples
 from tests.passes.blocks import TAPE, WIDTH, Blocks, after_two, data, error, made, spliced
 
 
-@pytest.mark.parametrize("options", ["steps=80", "steps=240:guided=true", "steps=80:weighted=true", "steps=80:average=0.9"])
+@pytest.mark.parametrize(
+    "options", ["steps=80", "steps=240:guided=true", "steps=80:weighted=true", "steps=80:average=0.9", "steps=80:blockwise=0.5"]
+)
 @pytest.mark.parametrize("first", ["low-rank:params=0.5", "monarch:params=0.5", "armor:params=0.9:block=4"])
 def test_every_family_gets_better(options: str, first: str, tmp_path: Path) -> None:
     module = Blocks()
@@ -123,7 +125,8 @@ def test_steps_are_reproducible(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(flatten(d.operator)[0], flatten(other)[0], strict=True))
 
 
-def test_the_minutes_are_a_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heal", ["heal:minutes=1", "heal:minutes=1:blockwise=0.5"])
+def test_the_minutes_are_a_promise(heal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that every look moves by an eighth of a second: the dense model's states and the training end within a minute."""
     ticks = itertools.count()
     now = [0.0]
@@ -133,7 +136,7 @@ def test_the_minutes_are_a_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return now[0]
 
     monkeypatch.setattr(training.time, "monotonic", tick)
-    _, _, after = after_two(tmp_path, Blocks(), "heal:minutes=1")
+    _, _, after = after_two(tmp_path, Blocks(), heal)
     assert now[0] <= 60.0
     assert all("healed" in d.reason for d in after.values())
 
@@ -181,6 +184,7 @@ def test_own_data_and_loss(tmp_path: Path) -> None:
         ("heal:rate=0", "heal:rate=0.0 is out of range"),
         ("heal:rate=1.5", "heal:rate=1.5 is out of range"),
         ("heal:average=1", "heal:average=1.0 is out of range"),
+        ("heal:blockwise=1", "heal:blockwise=1.0 is out of range"),
         ("heal:data=x.npz", "heal takes data and loss from Python only"),
         ("heal:loss=mine", "heal takes data and loss from Python only"),
         ("heal:steps=0", "heal:steps=0 is out of range"),
