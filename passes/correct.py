@@ -7,7 +7,6 @@ what is left. Covariances instead of second moments where it has such a bias.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,14 +18,16 @@ import torch
 from torch import Tensor
 
 from rewriter.calibrate import Feeds, Samples, padding_mask, site_rows, source
+from rewriter.cuts import cuts
 from rewriter.errors import RewriteError
 from rewriter.fit import after_cost, keep, shifted, usable_weight
-from rewriter.graph import Graph, Layout, Value
+from rewriter.graph import Graph, Site, Value
 from rewriter.moments import Accumulator, Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.output_error import OutputErrors
+from rewriter.passes.healing.blockwise import Chain
 from rewriter.passes.healing.targets import Targets
-from rewriter.registry import parse_passes
+from rewriter.registry import parse_passes, structures
 from rewriter.rule import AbstractPass, Context, Decision
 
 HELD_OUT = 8  # every eighth batch judges
@@ -37,7 +38,7 @@ Stage = list[Decision]  # sites that read the same value
 
 @dataclass(frozen=True)
 class Correct(AbstractPass):
-    """No options: it runs over the calibration samples once for each value that lossy sites read, and once for the dense model."""
+    """No options: it runs each block over the calibration samples once for each value that lossy sites read there."""
 
     name: ClassVar[str] = "correct"
     summary: ClassVar[str] = "refits lossy sites in order to what reaches them, in closed form; kept only where that is better"
@@ -69,29 +70,31 @@ class _Fed:
 
 
 class _Correction:
-    """Dense inputs lie on disk while it works; the graph holds the decisions that it gives, whatever happens."""
+    """States of both models lie on disk while it works; the graph holds the decisions that it gives, whatever happens."""
 
     def __init__(self, graph: Graph, context: Context, samples: Samples) -> None:
         self.graph, self.context, self.samples = graph, context, samples
 
     def of(self, lossy: Sequence[Decision]) -> list[Decision]:
-        kept, track = list(lossy), self.context.progress.track
+        kept = list(lossy)
         try:
             for d in lossy:
                 self.graph.restore(d.site)
             errors = OutputErrors(self.graph, replace(self.samples, batches=self.samples.batches[::HELD_OUT]))
-            stages = [list(group) for _, group in itertools.groupby(lossy, lambda d: source(d.site))]
+            blocks = cuts(self.graph, [d.site for d in lossy])
             with tempfile.TemporaryDirectory(prefix="rewriter-correct-") as folder:
-                dense = Targets(Path(folder))
-                for index in track(range(len(self.samples.batches)), "the dense model's inputs", len(self.samples.batches)):
-                    dense.put(index, self._inputs(stages, self.samples.batches[index]))
+                self.dense = Targets(Path(folder))
+                (inputs := Path(folder) / "inputs").mkdir()
+                self.chain = Chain(self.graph, [end for end, _ in blocks], self.samples.batches, self.dense, inputs)
+                stages = _stages(self.graph, lossy, blocks)
+                self._teach([stage for _, group in stages for stage in group])
                 self._splice(lossy)
                 before = errors.now()
-                tried = [d for stage in track(stages, "correcting", len(stages)) for d in self._stage(stage, dense)]
+                changed = self._corrected(stages)
                 after = errors.now()
             said = f"output error {before:.3g} to {after:.3g} on held-back samples"
             if after <= before:
-                kept = tried
+                kept = [changed.get(d.site.id) or _untouched(d, "it stands inside a branch or loop") for d in lossy]
             else:
                 kept = [replace(d, reason=f"{d.reason}; correction did not help ({said}): left as it was") for d in lossy]
         finally:
@@ -103,40 +106,32 @@ class _Correction:
             assert d.operator is not None
             self.graph.splice(d.site, d.operator, d.shift)
 
-    def _inputs(self, stages: Sequence[Stage], feeds: Feeds) -> dict[str, Tensor]:
-        """What each stage's sites read on a batch, (rows, n), by the site that comes first."""
-        readers = dict[Value, list[tuple[list[Tensor], Layout]]]()
-        found = {stage[0].site.id: list[Tensor]() for stage in stages}
-        for stage in stages:
-            for place in stage[0].site.places:
-                if self.graph.can_tap(place.x):
-                    readers.setdefault(place.x, []).append((found[stage[0].site.id], place.layout))
-        mask = padding_mask(feeds)
+    def _teach(self, stages: Sequence[Stage]) -> None:
+        """Keep what the sites read in the dense model."""
+        wanted, batches = _inputs(stages), self.samples.batches
+        for index, feeds in enumerate(self.context.progress.track(batches, "the dense model's inputs", len(batches))):
+            self.dense.put(index, _rows(stages, feeds, self.graph.part(feeds, {}, wanted)))
 
-        def keep_rows(value: Value, x: Tensor) -> None:
-            for rows, layout in readers[value]:
-                rows.append(site_rows(x, layout, mask))
+    def _corrected(self, stages: Sequence[tuple[int, Sequence[Stage]]]) -> dict[str, Decision]:
+        """The decisions by site, refitted where that is better on what judges; the graph holds them."""
+        done, changed = 0, dict[str, Decision]()
+        for block, group in self.context.progress.track(stages, "correcting", len(stages)):
+            for passed in range(done, block):
+                self.chain.advance(passed, range(len(self.samples.batches)))
+            done = block
+            for stage in group:
+                fed = self._fed(block, stage)
+                found = [_untouched(d, fed) if isinstance(fed, str) else self._refitted(d, fed) for d in stage]
+                self._splice(found)
+                changed |= {d.site.id: d for d in found}
+        return changed
 
-        self.graph.run(feeds, {value: functools.partial(keep_rows, value) for value in readers})
-        return {key: torch.cat([r.flatten(0, -2) for r in rows]) for key, rows in found.items() if rows}
-
-    def _stage(self, stage: Stage, dense: Targets) -> Stage:
-        """Its decisions, refitted where that is better on what judges; the graph holds them."""
-        fed = self._fed(stage, dense)
-        if isinstance(fed, str):
-            return [replace(d, reason=f"{d.reason}; not corrected: {fed}") for d in stage]
-        found = [self._refitted(d, fed) for d in stage]
-        self._splice(found)
-        return found
-
-    def _fed(self, stage: Stage, dense: Targets) -> _Fed | str:
-        site = stage[0].site
+    def _fed(self, block: int, stage: Stage) -> _Fed | str:
+        site, wanted = stage[0].site, _inputs([stage])
         assert site.shape is not None
         fitted, held = Accumulator(2 * site.shape[1]), Accumulator(2 * site.shape[1])
         for index, feeds in enumerate(self.samples.batches):
-            now, then = self._inputs([stage], feeds).get(site.id), dense[index].get(site.id)
-            if now is None or then is None:
-                continue
+            now, then = _rows([stage], feeds, self.chain.values(block, index, wanted))[site.id], self.dense[index][site.id]
             if now.shape != then.shape:
                 return "the rewritten model gives it other rows than the dense one"
             (fitted if index % HELD_OUT else held).update(torch.cat([now, then - now], 1))
@@ -158,17 +153,46 @@ class _Correction:
         best = min(found, key=lambda d: d.error or 0.0)
         said = f"the error of its product on held-back samples {before:.3g} to {best.error:.3g}"
         if not (best.error or 0.0) < (1 - GAIN) * before:
-            return replace(decision, reason=f"{decision.reason}; not corrected: it would take {said}")
+            return _untouched(decision, f"it would take {said}")
         return replace(best, reason=f"{decision.reason}; corrected: {said}")
 
     def _forms(self, decision: Decision, weight: Tensor, fed: Moments) -> list[tuple[AbstractMatrix, str]]:
-        """What stands there, and its family's fit at the same options and no more numbers."""
+        """What stands there, and its family's fit at the same options and no more numbers, where a structure made it."""
         site, operator = decision.site, decision.operator
         assert isinstance(operator, AbstractMatrix) and site.dtype is not None
+        if decision.structure.partition(":")[0] not in structures():
+            return [(operator, decision.structure)]
         seen = fed.centered() if shifted(self.graph, site) else fed
         (step,) = parse_passes(decision.structure)
         fit = step.structure.fit(target(weight, seen), _of_inputs(seen), operator.cost().params, self.context.rng(site))
         return [(operator, decision.structure), *([(fit.operator.to(site.dtype), fit.spelling)] if fit else [])]
+
+
+def _stages(graph: Graph, lossy: Sequence[Decision], blocks: Sequence[tuple[Value, Sequence[Site]]]) -> list[tuple[int, list[Stage]]]:
+    """Each block's stages in order, the block behind the last cut included; without sites inside branches and loops."""
+    number = {site.id: i for i, (_, sites) in enumerate(blocks) for site in sites}
+
+    def block(d: Decision) -> int:
+        return number.get(d.site.id, len(blocks))
+
+    plain = sorted((d for d in lossy if all(graph.body(p.nodes[0]) == "" for p in d.site.places)), key=block)
+    grouped = itertools.groupby(plain, block)
+    return [(i, [list(stage) for _, stage in itertools.groupby(group, lambda d: source(d.site))]) for i, group in grouped]
+
+
+def _inputs(stages: Sequence[Stage]) -> list[Value]:
+    return [place.x for stage in stages for place in stage[0].site.places]
+
+
+def _rows(stages: Sequence[Stage], feeds: Feeds, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What each stage's sites multiply of the values that they read, (rows, n), by the site that comes first; real rows only."""
+    mask, left = padding_mask(feeds), iter(values)
+    read = {stage[0].site.id: [site_rows(next(left), p.layout, mask).flatten(0, -2) for p in stage[0].site.places] for stage in stages}
+    return {key: torch.cat(rows) for key, rows in read.items()}
+
+
+def _untouched(decision: Decision, why: str) -> Decision:
+    return replace(decision, reason=f"{decision.reason}; not corrected: {why}")
 
 
 def target(weight: Tensor, fed: Moments) -> Tensor:

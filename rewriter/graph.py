@@ -256,10 +256,9 @@ class Graph(Protocol):
         `grad`: so that what comes out can be differentiated by what `trainable` gave; RewriteError where a format cannot."""
         ...
 
-    def part(self, feeds: Mapping[str, Tensor], given: Mapping[Value, Tensor], wanted: Value, grad: bool = False) -> Tensor:
-        """One value of the main body on a batch, the given values taken as they are, nothing before them computed; `grad` as in `run`.
-
-        RewriteError where a format cannot."""
+    def part(self, feeds: Mapping[str, Tensor], given: Mapping[Value, Tensor], wanted: Sequence[Value], grad: bool = False) -> list[Tensor]:
+        """Some values of the main body on a batch, the given ones taken as they are, nothing computed that only they need; `grad` as in
+        `run`."""
         ...
 
     def trainable(self, site: Site) -> Sequence[Tensor]:

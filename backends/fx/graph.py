@@ -282,10 +282,10 @@ class FxGraph:
         with self._failures():
             return dict(zip(self._output_names, run(self.program, feeds, taps, trained=self._learning(grad)), strict=True))
 
-    def part(self, feeds: Mapping[str, Tensor], given: Mapping[Node, Tensor], wanted: Node, grad: bool = False) -> Tensor:
+    def part(self, feeds: Mapping[str, Tensor], given: Mapping[Node, Tensor], wanted: Sequence[Node], grad: bool = False) -> list[Tensor]:
         known = {self._current(value): tensor for value, tensor in given.items()}
         with self._failures():
-            return part(self.program, feeds, known, self._current(wanted), self._learning(grad))
+            return part(self.program, feeds, known, [self._current(value) for value in wanted], self._learning(grad))
 
     def _learning(self, grad: bool) -> set[str] | None:
         return {name for names in self._trained.values() for name in names} if grad else None

@@ -5,7 +5,7 @@ Values are freed after their last use. Sites are computed in plain aten, which g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,18 +58,18 @@ def part(
     program: ExportedProgram,
     feeds: Mapping[str, Tensor],
     given: Mapping[Node, Tensor],
-    wanted: Node,
-    trained: Collection[str] | None = None,
-) -> Tensor:
-    """One value of the main body; those that are given are taken as they are, and nothing before them is computed."""
+    wanted: Sequence[Node],
+    trained: Collection[str] | None,
+) -> list[Tensor]:
+    """Some values of the main body; those that are given are taken as they are, and nothing that only they need is computed."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     interpreter = Tapped(program.graph_module, {}, {})
     interpreter.env = {**dict(zip(placeholders, _arguments(program, feeds, trained), strict=True)), **given}
     with torch.set_grad_enabled(trained is not None):
-        for node in in_order(wanted, lambda n: n.all_input_nodes, interpreter.env):
-            interpreter.env[node] = interpreter.run_node(node)
-    value: Tensor = interpreter.env[wanted]
-    return value
+        for value in wanted:
+            for node in in_order(value, lambda n: n.all_input_nodes, interpreter.env):
+                interpreter.env[node] = interpreter.run_node(node)
+    return [interpreter.env[value] for value in wanted]
 
 
 def _arguments(program: ExportedProgram, feeds: Mapping[str, Tensor], trained: Collection[str] | None) -> list[Any]:

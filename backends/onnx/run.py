@@ -97,7 +97,7 @@ class Tapped:
     def __init__(self, model: ir.Model, taps: tuple[str, ...]) -> None:
         self.taps = taps
         copy = model.clone()
-        values = {v.name: v for v in [*copy.graph.inputs, *(o for node in copy.graph for o in node.outputs)]}
+        values = _values(copy)
         self.outputs = [v.name or "" for v in copy.graph.outputs]
         self.fed = {v.name or "" for v in copy.graph.inputs}
         for name in taps:
@@ -105,12 +105,7 @@ class Tapped:
                 copy.graph.outputs.append(values[name])
         self.shapes = {name: values[name].shape for name in taps}
         self.inputs = {v.name or "": v.shape for v in copy.graph.inputs}
-        passes.RemoveUnusedNodesPass()(copy)
-        if needs_widening(copy):
-            widen(copy)
-        attach(copy)
-        with loadable(copy) as source:
-            self.session = Session(source, torch.get_num_threads(), faithful=True)
+        self.session = _session(copy)
 
     def __call__(self, feeds: Mapping[str, Tensor], callbacks: Sequence[Callable[[Tensor], None]]) -> dict[str, Tensor]:
         waiting = dict(zip(self.taps, callbacks, strict=True))
@@ -141,3 +136,40 @@ class Tapped:
             chunks[-1].append(name)
             room -= nbytes
         return chunks
+
+
+class Part:
+    """Some values from the inputs and from given values; what only those need is cut away."""
+
+    def __init__(self, model: ir.Model, given: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+        self.given, self.wanted = given, wanted
+        copy = model.clone()
+        values = _values(copy)
+        self.fed = {v.name or "" for v in copy.graph.inputs} | {*given}
+        copy.graph.outputs[:] = [values[name] for name in dict.fromkeys(wanted) if name not in self.fed]
+        for i, name in enumerate(given):
+            old = values[name]
+            new = ir.Value(name=f"given.{i}", shape=old.shape, type=old.type or ir.TensorType(ir.DataType.FLOAT))
+            copy.graph.inputs.append(new)
+            old.replace_all_uses_with(new)
+        self.session = _session(copy) if copy.graph.outputs else None
+
+    def __call__(self, feeds: Mapping[str, Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+        """`given` in the order of the names."""
+        fed = {f"given.{i}": tensor for i, tensor in enumerate(given)}
+        found = self.session({**feeds, **fed}) if self.session is not None else {}
+        return [{**feeds, **dict(zip(self.given, given, strict=True)), **found}[name] for name in self.wanted]
+
+
+def _values(model: ir.Model) -> dict[str | None, ir.Value]:
+    return {v.name: v for v in [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]}
+
+
+def _session(model: ir.Model) -> Session:
+    """Of a copy that may be changed."""
+    passes.RemoveUnusedNodesPass()(model)
+    if needs_widening(model):
+        widen(model)
+    attach(model)
+    with loadable(model) as source:
+        return Session(source, torch.get_num_threads(), faithful=True)

@@ -27,17 +27,19 @@ class Chain:
 
     def loss(self, block: int, index: int, grad: bool) -> Tensor:
         """Of a batch; real rows only."""
-        mask = padding_mask(self.feeds[index])
-        return distance(unpadded(self._end(block, index, grad), mask), self.targets[index][str(block)])
+        (end,) = self.values(block, index, [self.ends[block]], grad)
+        return distance(unpadded(end, padding_mask(self.feeds[index])), self.targets[index][str(block)])
 
     def advance(self, block: int, indices: Iterable[int]) -> None:
         """Run a block, as it is now, over batches: that is what the next one gets."""
         for index in indices:
-            self.inputs.put(_file(block, index), {"x": self._end(block, index, False)})
+            (end,) = self.values(block, index, [self.ends[block]])
+            self.inputs.put(_file(block, index), {"x": end})
 
-    def _end(self, block: int, index: int, grad: bool) -> Tensor:
+    def values(self, block: int, index: int, wanted: Sequence[Value], grad: bool = False) -> list[Tensor]:
+        """What a block has inside, or at its end, on a batch."""
         given: Mapping[Value, Tensor] = {self.ends[block - 1]: self.inputs[_file(block - 1, index)]["x"]} if block else {}
-        return self.graph.part(self.feeds[index], given, self.ends[block], grad)
+        return self.graph.part(self.feeds[index], given, wanted, grad)
 
 
 def _file(block: int, index: int) -> int:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rewriter.cuts import cuts
-from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Value
 from rewriter.passes.healing import blockwise, session, training
 from rewriter.passes.healing.blockwise import Chain
@@ -32,15 +31,17 @@ def ends(g: Graph) -> list[Value]:
     return [value for value, _ in cuts(g, sites(g))]
 
 
-def test_a_part_is_what_the_whole_has_there() -> None:
+@pytest.mark.parametrize("onnx", [False, True], ids=["torch", "onnx"])
+def test_a_part_is_what_the_whole_has_there(onnx: bool) -> None:
     """From a given state to the next one, with another state than the model's own as well."""
-    g, (feeds, *_) = made(Blocks()), data().batches
+    g, (feeds, *_) = made(Blocks(), onnx), data().batches
     _, first, second, _ = ends(g)  # the first site alone, then the rest of its block, and two whole blocks
     found = dict[str, Tensor]()
     g.run(feeds, {first: lambda x: found.update(first=x), second: lambda x: found.update(second=x)})
-    close(g.part(feeds, {}, second), found["second"])
-    close(g.part(feeds, {first: found["first"]}, second), found["second"])
-    zero = g.part(feeds, {first: torch.zeros_like(found["first"])}, second)
+    for given in ({}, {first: found["first"]}):
+        for a, b in zip(g.part(feeds, given, [first, second]), (found["first"], found["second"]), strict=True):
+            close(a, b)
+    (zero,) = g.part(feeds, {first: torch.zeros_like(found["first"])}, [second])
     block = Blocks()
     close(zero, block.b[1](torch.tanh(block.a[1](torch.zeros_like(zero)))).detach())
 
@@ -52,15 +53,9 @@ def test_a_part_goes_through_what_was_rewritten_and_learns_nothing_before_it() -
     for name in ("a.0", "a.1"):
         g.splice(by_name[name], LowRank(normal(WIDTH, 2, seed=1), normal(2, 28, seed=2)))
     before, inside = (g.trainable(by_name[name])[0].requires_grad_() for name in ("a.0", "a.1"))
-    g.part(feeds, {first: normal(8, 4, WIDTH)}, second, grad=True).square().sum().backward()
+    g.part(feeds, {first: normal(8, 4, WIDTH)}, [second], grad=True)[0].square().sum().backward()
     assert inside.grad is not None and before.grad is None
-    assert not g.part(feeds, {first: normal(8, 4, WIDTH)}, second).requires_grad
-
-
-def test_onnx_has_no_parts() -> None:
-    g = made(Blocks(), onnx=True)
-    with pytest.raises(RewriteError, match="an ONNX model runs as a whole; give the torch model"):
-        g.part(data().batches[0], {}, ends(g)[0])
+    assert not g.part(feeds, {first: normal(8, 4, WIDTH)}, [second])[0].requires_grad
 
 
 def test_a_block_gets_what_the_one_before_it_gives_now(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewriter.calibrate import Feeds
 from rewriter.errors import RewriteError
-from rewriter.graph import Graph
+from rewriter.graph import Graph, Value
 from rewriter.moments import Moments
 from rewriter.operator import flatten
 from rewriter.output_error import OutputErrors
 from rewriter.passes import correct
 from rewriter.passes.correct import Correct
+from rewriter.passes.healing.blockwise import Chain
 from rewriter.structure import NoMatch
 from rewriter.tolerances import EQUAL
 from tests.engine.nets import Net, context, decaying, graph, linear, normal, samples
@@ -85,10 +85,11 @@ def test_a_site_right_behind_another_reads_what_that_one_gives(tmp_path: Path) -
     assert any("; corrected" in d.reason for d in after.values() if d.site.name == "second")
 
 
-def test_the_bias_alone_where_no_refit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", ["parse_passes", "structures"], ids=["no member fits", "no structure made it"])
+def test_the_bias_alone_where_no_refit_is_found(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lost before a relu lowers the mean behind it; on the samples that are fitted the output's mean comes back."""
     refuses = SimpleNamespace(structure=SimpleNamespace(fit=lambda *given: NoMatch("planted")))
-    monkeypatch.setattr(correct, "parse_passes", lambda spelled: [refuses])
+    monkeypatch.setattr(correct, changed, {"parse_passes": lambda spelled: [refuses], "structures": dict}[changed])
     first, second = (linear(normal(WIDTH, WIDTH, seed=seed), torch.zeros(WIDTH)) for seed in (1, 2))
     module = Net(lambda n, x: n.second(torch.relu(n.first(x))), first=first, second=second)
     g, before, after = after_two(tmp_path, module, "correct", "low-rank:params=0.25")
@@ -152,13 +153,14 @@ def test_a_failure_leaves_the_graph_as_it_was(tmp_path: Path, monkeypatch: pytes
 
 def test_a_site_that_gets_other_rows_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the rewritten model routes a token elsewhere."""
-    inner = correct._Correction._inputs
+    inner = Chain.values
 
-    def routed(self: Any, stages: Sequence[Any], feeds: Feeds) -> dict[str, Tensor]:
-        found = inner(self, stages, feeds)
-        return found if len(stages) > 1 else {key: rows[1:] for key, rows in found.items()}
+    def routed(self: Chain, block: int, index: int, wanted: Sequence[Value], grad: bool = False) -> list[Tensor]:
+        return [value[1:] for value in inner(self, block, index, wanted, grad)]
 
-    monkeypatch.setattr(correct._Correction, "_inputs", routed)
+    monkeypatch.setattr(Chain, "values", routed)
+    monkeypatch.setattr(Chain, "advance", lambda self, block, indices: None)
+    monkeypatch.setattr(correct, "cuts", lambda graph, sites: [])
     _, _, after = after_two(tmp_path, Blocks(), "correct")
     assert all("not corrected: the rewritten model gives it other rows than the dense one" in d.reason for d in after.values())
 
@@ -182,3 +184,18 @@ def test_it_refuses_invented_samples_and_too_few(tmp_path: Path) -> None:
         after_one(g, c)
         with pytest.raises(RewriteError, match=said):
             list(Correct().run(g, c))
+
+
+def branching(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.first(x))
+    out: Tensor = torch.cond(h.sum() > 1e9, lambda h: h, lambda h: net.no(h).sin(), (h,))
+    return h + out
+
+
+def test_sites_inside_branches_are_left_as_they_were(tmp_path: Path) -> None:
+    """Behind a site that has its part; a branch has no inputs of its own that a part of the model could be run to."""
+    parts = {name: linear(decaying(WIDTH, WIDTH, seed, 0.4), normal(WIDTH, seed=seed)) for seed, name in enumerate(("first", "no"))}
+    _, _, after = after_two(tmp_path, Net(branching, **parts), "correct")
+    by_name = {d.site.name: d.reason for d in after.values()}
+    assert "not corrected: it stands inside a branch or loop" not in by_name["first"]
+    assert by_name["no"].endswith("not corrected: it stands inside a branch or loop")
