@@ -188,7 +188,7 @@ def test_it_refuses_invented_samples_and_too_few(tmp_path: Path) -> None:
 
 def branching(net: Any, x: Tensor) -> Tensor:
     h = torch.tanh(net.first(x))
-    out: Tensor = torch.cond(h.sum() > 1e9, lambda h: h, lambda h: net.no(h).sin(), (h,))
+    out: Tensor = torch.cond(h.sum() > 1e9, lambda h: h.cos(), lambda h: net.no(h).sin(), (h,))
     return h + out
 
 
