@@ -32,6 +32,7 @@ from rewriter.rule import AbstractPass, Context, Decision
 
 HELD_OUT = 8  # every eighth batch judges
 RIDGE = 1e-3  # of the inputs' mean square: what no sample shows is not corrected
+ROWS = 4096  # that go into moments at a time
 GAIN = 1e-3  # of the error of a site's product, below which nothing is changed
 Stage = list[Decision]  # sites that read the same value
 
@@ -67,6 +68,28 @@ class _Fed:
 
     fitted: Moments
     held: Moments
+
+
+class _Gathered:
+    """An accumulator that takes many rows at a time: to add to its matrix costs as much as a few hundred of them."""
+
+    def __init__(self, features: int) -> None:
+        self.accumulator, self.waiting = Accumulator(features), list[Tensor]()
+
+    def add(self, rows: Tensor) -> None:
+        self.waiting.append(rows)
+        if sum(map(len, self.waiting)) >= ROWS:
+            self._flush()
+
+    def moments(self, law: str, shrunk: bool) -> Moments | None:
+        """None where there was no row."""
+        self._flush()
+        return self.accumulator.moments(law, shrunk) if self.accumulator.count else None
+
+    def _flush(self) -> None:
+        if sum(map(len, self.waiting)):
+            self.accumulator.update(torch.cat(self.waiting))
+        self.waiting.clear()
 
 
 class _Correction:
@@ -129,15 +152,15 @@ class _Correction:
     def _fed(self, block: int, stage: Stage) -> _Fed | str:
         site, wanted = stage[0].site, _inputs([stage])
         assert site.shape is not None
-        fitted, held = Accumulator(2 * site.shape[1]), Accumulator(2 * site.shape[1])
+        fitted, held = _Gathered(2 * site.shape[1]), _Gathered(2 * site.shape[1])
         for index, feeds in enumerate(self.samples.batches):
             now, then = _rows([stage], feeds, self.chain.values(block, index, wanted))[site.id], self.dense[index][site.id]
             if now.shape != then.shape:
                 return "the rewritten model gives it other rows than the dense one"
-            (fitted if index % HELD_OUT else held).update(torch.cat([now, then - now], 1))
-        if not fitted.count or not held.count:
-            return "no samples reach it"
-        return _Fed(fitted.moments(self.samples.law), held.moments(self.samples.law, shrunk=False))
+            (fitted if index % HELD_OUT else held).add(torch.cat([now, then - now], 1))
+        law = self.samples.law
+        one, other = fitted.moments(law, True), held.moments(law, False)
+        return "no samples reach it" if one is None or other is None else _Fed(one, other)
 
     def _refitted(self, decision: Decision, fed: _Fed) -> Decision:
         """The better of a refit and of a new bias alone, where it is better than what stands there."""
