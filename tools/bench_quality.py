@@ -6,14 +6,15 @@ encoder: all-MiniLM-L6-v2 on sentences of Python's documentation. language: a by
 two of every four numbers kept. All of it takes eleven hours; `--minutes 0` leaves healing out.
 
 Every row is one `rewriter.plan`: its form, then `heal` for what is left of the minutes, calibration and fit included, so that rows take the
-same time. All calibrate on the same samples and heal on the same text; the judges come from other files. A row of
-another form that leaves a site out, or one that stores more than its budget, is red: it is not in the table and the exit code is 1.
+same time. All calibrate on the same samples and heal on the same text; the judges come from other files. A row of another form that leaves
+a site out, or one that stores more than its budget, is red: it is not in the table and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,7 +103,9 @@ def row(subject: Subject, form: str, budget: float, minutes: float) -> tuple[lis
     given.append(AbstractJudged(subject.judge, found))
     if minutes:
         given += [AbstractRest(begin + 60 * minutes, subject.healing), AbstractJudged(subject.judge, found)]
-    report = rewriter.plan(subject.model, given, data=subject.calibration, include=subject.include, target="torch", **options).report
+    with tempfile.TemporaryDirectory() as cache:  # no row finds what another one fitted
+        options |= {"include": subject.include, "target": "torch", "cache": cache}
+        report = rewriter.plan(subject.model, given, data=subject.calibration, **options).report
     rows = [s for s in report.sites if s.kind == "linear" and any(s.name.startswith(i.rstrip("*")) for i in subject.include)]
     before, after = (sum(s.cost["params"][end] for s in rows) for end in ("before", "after"))
     red = ""

@@ -24,7 +24,7 @@ from rewriter.backends.onnx.compute import compute
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
 from rewriter.backends.onnx.opaque import DOMAIN, SPEC, VERSION, is_opaque, spec_of
-from rewriter.backends.onnx.run import Part, Tapped
+from rewriter.backends.onnx.run import Part, Tapped, no_gradients
 from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.tensors import torch_dtype
 from rewriter.errors import RewriteError
@@ -254,7 +254,7 @@ class OnnxGraph:
         self, feeds: Mapping[str, Tensor], taps: Mapping[ir.Value, Callable[[Tensor], None]] | None = None, grad: bool = False
     ) -> dict[str, Tensor]:
         """Under ONNX Runtime on the CPU; the session lives until the graph or the set of taps changes."""
-        self._no_gradients(grad)
+        no_gradients(grad)
         taps = {self._current(value): call for value, call in (taps or {}).items()}
         wanted = tuple(value.name or "" for value in taps)
         if self._session is None or self._session.taps != wanted:
@@ -264,18 +264,13 @@ class OnnxGraph:
     def part(
         self, feeds: Mapping[str, Tensor], given: Mapping[ir.Value, Tensor], wanted: Sequence[ir.Value], grad: bool = False
     ) -> list[Tensor]:
-        self._no_gradients(grad)
+        no_gradients(grad)
         known = {self._current(value).name or "": tensor for value, tensor in given.items()}
         names = tuple(self._current(value).name or "" for value in wanted)
         if self._part is None or (self._part.given, self._part.wanted) != (tuple(known), names):
             self._infer()
             self._part = Part(self.model, tuple(known), names)
         return self._part(feeds, list(known.values()))
-
-    @staticmethod
-    def _no_gradients(grad: bool) -> None:
-        if grad:
-            raise RewriteError("ONNX Runtime records no gradients; give the torch model (.pt2, module or folder)")
 
     def trainable(self, site: Site) -> Sequence[Tensor]:
         raise RewriteError("the weights of an ONNX graph do not train; give the torch model (.pt2, module or folder)")

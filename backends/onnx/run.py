@@ -33,6 +33,12 @@ def check_provider(provider: str) -> None:
         raise RewriteError(f"--provider {provider} is not in this ONNX Runtime; it has {', '.join(known)}")
 
 
+def no_gradients(grad: bool) -> None:
+    """RewriteError where gradients are asked for."""
+    if grad:
+        raise RewriteError("ONNX Runtime records no gradients; give the torch model (.pt2, module or folder)")
+
+
 class Session:
     """An InferenceSession that speaks torch. Custom-op libraries are never loaded.
 
@@ -145,8 +151,8 @@ class Part:
         self.given, self.wanted = given, wanted
         copy = model.clone()
         values = _values(copy)
-        self.fed = {v.name or "" for v in copy.graph.inputs} | {*given}
-        copy.graph.outputs[:] = [values[name] for name in dict.fromkeys(wanted) if name not in self.fed]
+        fed = {v.name or "" for v in copy.graph.inputs} | {*given}
+        copy.graph.outputs[:] = [values[name] for name in dict.fromkeys(wanted) if name not in fed]
         for i, name in enumerate(given):
             old = values[name]
             new = ir.Value(name=f"given.{i}", shape=old.shape, type=old.type or ir.TensorType(ir.DataType.FLOAT))

@@ -12,6 +12,7 @@ from rewriter.calibrate import Samples
 from rewriter.graph import Graph
 from rewriter.registry import parse_passes
 from rewriter.rule import AbstractPass, Context, Decision
+from rewriter.tolerances import EQUAL
 from rewriter.verify import certify
 from tests.engine.nets import as_onnx, context, decaying, graph, linear, normal, planted, samples, sites
 
@@ -36,6 +37,11 @@ class Blocks(nn.Module):
 
 def data(seed: int = 0) -> Samples:
     return samples(*[{"x": normal(8, 4, WIDTH, seed=100 * seed + i)} for i in range(16)])
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    rtol, atol = EQUAL[dtype]
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def made(module: nn.Module, onnx: bool = False) -> Graph:

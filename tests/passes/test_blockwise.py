@@ -17,14 +17,8 @@ from rewriter.passes.healing.blockwise import Chain
 from rewriter.passes.healing.targets import Targets, states
 from rewriter.passes.healing.training import Clock
 from rewriter.passes.structures.low_rank import LowRank
-from rewriter.tolerances import EQUAL
 from tests.engine.nets import normal, sites
-from tests.passes.blocks import WIDTH, Blocks, after_two, data, error, made, spliced
-
-
-def close(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    rtol, atol = EQUAL[dtype]
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+from tests.passes.blocks import WIDTH, Blocks, after_two, close, data, error, made, spliced
 
 
 def ends(g: Graph) -> list[Value]:

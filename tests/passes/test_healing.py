@@ -18,15 +18,10 @@ from rewriter.passes.healing.loss import DECIBELS, OUTPUT, SMOOTHED, Loss, dista
 from rewriter.passes.healing.targets import LARGEST, Targets, states
 from rewriter.passes.healing.training import CHECKS, PATIENCE, Clock, Trained, train
 from rewriter.passes.structures.low_rank import LowRank
-from rewriter.tolerances import EQUAL
 from tests.engine.nets import Mlp, graph, normal, sites
+from tests.passes.blocks import close
 
 STEPS = 60
-
-
-def close(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    rtol, atol = EQUAL[dtype]
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_states_are_kept_to_three_digits_and_large_ones_whole(tmp_path: Path) -> None:
