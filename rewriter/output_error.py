@@ -1,12 +1,21 @@
-"""How far the outputs of a model are from what they were, on a few samples: the worst output's relative error."""
+"""How far the outputs of a model are from what they were, on a few samples: the worst output's relative error.
+
+What they were lies on disk: logits of a large vocabulary may be larger than the model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from rewriter.calibrate import Samples
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rewriter.calibrate import Feeds, Samples
 from rewriter.graph import Graph
 from rewriter.rule import Decision
 from rewriter.verify import certify
@@ -19,11 +28,20 @@ class OutputErrors:
 
     def __init__(self, graph: Graph, samples: Samples) -> None:
         self.graph, self.samples = graph, _few(samples)
-        self.dense = {id(batch): graph.run(batch) for batch in self.samples.batches}
+        self.folder = tempfile.TemporaryDirectory(prefix="rewriter-outputs-")  # goes with this object
+        for batch in self.samples.batches:
+            floats = {name: value for name, value in graph.run(batch).items() if value.is_floating_point()}
+            save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in floats.items()}, self._path(batch))
+
+    def _path(self, batch: Feeds) -> Path:
+        return Path(self.folder.name, f"{id(batch)}.safetensors")
+
+    def _dense(self, batch: Feeds) -> Mapping[str, Tensor]:
+        return load_file(self._path(batch))
 
     def now(self) -> float:
         """The error of the graph as it stands."""
-        return certify(lambda feeds: self.dense[id(feeds)], self.graph.run, self.samples).estimate
+        return certify(self._dense, self.graph.run, self.samples).estimate
 
     def of(self, decisions: Iterable[Decision]) -> float:
         """The error with these rewritten as well; the graph is as it was afterwards."""

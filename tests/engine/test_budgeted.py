@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def test_a_site_may_stay_dense_where_the_rest_pays_for_it(tmp_path: Path) -> Non
 
 def output_error(g: Graph, dense: Graph) -> float:
     return certify(dense.run, g.run, data()).estimate
+
+
+def test_what_outputs_were_lies_on_disk_until_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the same value, a view of another shape, and whole numbers among the outputs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    layer = linear(normal(8, 48))
+    g = graph(Net(lambda n, x: [y := n.layer(x), y, y.mT, x.argmax(-1)], layer=layer), TAPE)
+    errors = OutputErrors(g, data())
+    assert sum(f.stat().st_size for f in tmp_path.glob("rewriter-*/*")) > 3 * 64 * 5 * 8 * 4
+    assert errors.now() == 0
+    del errors
+    assert not list(tmp_path.glob("rewriter-*"))
 
 
 def test_it_is_never_worse_than_even_shares(tmp_path: Path) -> None:
