@@ -1,6 +1,6 @@
 """What a model is worth after compression: our forms and those of other tools on the same data in the same time, before and after healing.
 
-    python tools/bench_quality.py [encoder] [language] [--budgets 0.5] [--minutes 15] [--rows "plain SVD" ours]
+    python tools/bench_quality.py [encoder] [language] [--budgets 0.5] [--minutes 15] [--rows "plain SVD" ours] [--heal blockwise=0.3]
 
 encoder: all-MiniLM-L6-v2 on sentences of Python's documentation. language: a byte model, trained here once, on Python's sources; also with
 two of every four numbers kept. All of it takes eleven hours; `--minutes 0` leaves healing out.
@@ -17,7 +17,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ from rewriter.backends.files.load import open_source
 from rewriter.graph import Graph
 from rewriter.options import Options
 from rewriter.passes.heal import Heal
+from rewriter.registry import parse_passes
 from rewriter.rule import AbstractPass, Context, Decision
 
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -84,14 +85,15 @@ class AbstractRest(AbstractPass):
 
     name: ClassVar[str] = "rest"
     summary: ClassVar[str] = "heal until then"
+    heal: Heal
     end: float
     data: Any
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        yield from Heal(minutes=max(self.end - time.monotonic(), 1) / 60, data=self.data).run(graph, context)
+        yield from replace(self.heal, minutes=max(self.end - time.monotonic(), 1) / 60, data=self.data).run(graph, context)
 
 
-def row(subject: Subject, form: str, budget: float, minutes: float) -> tuple[list[str], str]:
+def row(subject: Subject, form: str, budget: float, minutes: float, heal: Heal) -> tuple[list[str], str]:
     """The cells of one row; the second part says what is red, where something is."""
     options, given, found = dict(subject.options), list[AbstractPass | str](), list[tuple[float, tuple[float, ...]]]()
     begin = time.monotonic()
@@ -102,7 +104,7 @@ def row(subject: Subject, form: str, budget: float, minutes: float) -> tuple[lis
         options |= {"budget": f"params={budget}"} if form.startswith("ours") else {"objective": "params"}
     given.append(AbstractJudged(subject.judge, found))
     if minutes:
-        given += [AbstractRest(begin + 60 * minutes, subject.healing), AbstractJudged(subject.judge, found)]
+        given += [AbstractRest(heal, begin + 60 * minutes, subject.healing), AbstractJudged(subject.judge, found)]
     with tempfile.TemporaryDirectory() as cache:  # no row finds what another one fitted
         options |= {"include": subject.include, "target": "torch", "cache": cache}
         report = rewriter.plan(subject.model, given, data=subject.calibration, **options).report
@@ -161,7 +163,7 @@ def language() -> Subject:
     return Subject(model, ("blocks.*",), data, healing, ("perplexity",), judge, {"inputs": ("tokens:int64[batch,256]",)})
 
 
-def table(console: Console, title: str, subject: Subject, forms: Sequence[str], budget: float, minutes: float) -> str:
+def table(console: Console, title: str, subject: Subject, forms: Sequence[str], budget: float, minutes: float, heal: Heal) -> str:
     """Prints each row as soon as it is there (on standard error), and the table; what was red."""
     shown = Table(title=title)
     healed = ("s", *(f"{h}, healed" for h in subject.heads)) if minutes else ()
@@ -169,7 +171,7 @@ def table(console: Console, title: str, subject: Subject, forms: Sequence[str], 
         shown.add_column(head, justify="left" if head == "form" else "right")
     problems = []
     for form in forms:
-        cells, red = row(subject, form, budget, minutes)
+        cells, red = row(subject, form, budget, minutes, heal)
         Console(stderr=True, width=160).print(" ".join(cells), red, style="dim")
         problems += [red] if red else []
         if not red:
@@ -187,9 +189,16 @@ def judged(console: Console, name: str, given: argparse.Namespace) -> Iterator[s
     dense = subject.judge(_dense(subject.model, subject.options))
     console.print(f"{name}, dense: " + ", ".join(f"{head} {x:.4f}" for head, x in zip(subject.heads, dense, strict=True)))
     for budget in given.budgets:
-        yield table(console, f"{name} at {budget} of its linears' numbers", subject, given.rows, budget, given.minutes)
+        yield table(console, f"{name} at {budget} of its linears' numbers", subject, given.rows, budget, given.minutes, given.heal)
     if name == "language":
-        yield table(console, "two of every four numbers kept", subject, PRUNED, HALF, 0.0)
+        yield table(console, "two of every four numbers kept", subject, PRUNED, HALF, 0.0, given.heal)
+
+
+def healing(options: str) -> Heal:
+    """`heal` with these options, as the command line spells them."""
+    (found,) = parse_passes(f"heal:{options}")
+    assert isinstance(found, Heal)
+    return found
 
 
 def main() -> None:
@@ -198,6 +207,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.33], metavar="SHARE", help="of the dense numbers")
     parser.add_argument("--minutes", type=float, default=15.0, help="of every row, all in all; 0: no healing")
     parser.add_argument("--rows", nargs="+", choices=[*FORMS], default=FORMS, metavar="FORM", help=", ".join(FORMS))
+    parser.add_argument("--heal", type=healing, default=Heal(), metavar="OPTIONS", help="of every row's healing, such as blockwise=0.3")
     given, console = parser.parse_args(), Console(width=150)
     check()
     problems = [problem for name in given.subjects for problem in judged(console, name, given) if problem]
