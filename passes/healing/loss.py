@@ -34,7 +34,7 @@ class Loss:
         errors = {name: distance(found[name], wanted[name]) for name in blocks}
         weights = self._weights(errors)
         total = sum((weights[name] * error for name, error in errors.items()), torch.zeros(())) / max(len(blocks), 1)
-        for name in wanted.keys() - errors.keys():
+        for name in [name for name in wanted if name not in errors]:
             total = total + OUTPUT * self.output(name, found[name], wanted[name])
         return total
 
