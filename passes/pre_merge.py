@@ -44,11 +44,15 @@ class PreMerge(AbstractPass):
         return earlier is not None and earlier.rewritten
 
     def _judged(self, graph: Graph, context: Context, decision: Decision) -> Decision:
-        """The decision with its measured speed, or given up where speed is the objective and dense wins at every asked token count."""
+        """The decision with its measured speed, or given up where speed is the objective and dense wins at every asked token count.
+
+        A budget has weighed every site's cost, and another one's would not make up for this one's.
+        """
         assert isinstance(decision.operator, AbstractMatrix)
         dense = Dense(load_weight(graph, decision.site).float().T.contiguous())
         table = context.seconds([dense, decision.operator.to(torch.float32)])
-        if context.objective == "ms" and not decision.exact and all(form >= original for original, form in table):
+        free = context.objective == "ms" and context.budget is None and not decision.exact
+        if free and all(form >= original for original, form in table):
             graph.restore(decision.site)
             figures = against_dense(context.tokens, [(d, f) for d, f in table])
             return decision.kept(

@@ -238,7 +238,7 @@ def _fits(
 ) -> dict[str, Decision]:
     """The points as decisions, from the cache or from one pass over the samples."""
     plans = {
-        key: replace(plan, structures=[s for s in plan.structures if s.name == point.structure], share=point.share)
+        key: replace(plan, structures=[s for s in plan.structures if s.name == point.structure], share=point.share, chosen=True)
         for key, (_, point) in wanted.items()
     }
     keys = {key: fit_key(model, context, plans[key], site) for key, (site, _) in wanted.items()}

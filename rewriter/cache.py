@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 EMITTING = ("passes/structures/*.py", "backends/*.py", "backends/fx/*.py", "backends/onnx/*.py")
-VERSION = "1"  # of the entries' format and of the fits' mathematics: raise it when either changes
+FITTING = ("*.py", "passes/*.py", "passes/solvers/**/*.py", "passes/structures/*.py")
+VERSION = "1"  # of the entries' format: raise it when that changes
 
 
 def default_folder() -> Path:
@@ -114,10 +115,10 @@ def _cpuinfo() -> list[str]:
 
 
 @functools.cache
-def sources() -> str:
-    """A hash of the code that forms are emitted by: a changed form is a new comparison."""
+def sources(patterns: tuple[str, ...] = EMITTING) -> str:
+    """A hash of the code that forms are emitted by, or of other code: what changed makes another entry."""
     package = Path(__file__).parent
-    files = sorted(file for pattern in EMITTING for file in package.glob(pattern))
+    files = sorted(file for pattern in patterns for file in package.glob(pattern))
     return digest(*[file.read_bytes() for file in files])
 
 

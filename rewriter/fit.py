@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rewriter.algebra import Dense
 from rewriter.allocate import Budget
-from rewriter.cache import digest, hardware, sources
+from rewriter.cache import FITTING, digest, hardware, sources
 from rewriter.cost import Cost, dense_cost
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site, load_weight
@@ -33,6 +33,7 @@ class Plan:
     share: float
     explicit: bool = False  # the user set rank or blocks, and share bounds it
     budget: Budget | None = None  # what all sites together may cost; share then bounds each one
+    chosen: bool = False  # under the budget, which has weighed what it costs: it is not compared with the dense weight again
 
 
 def site_cost(site: Site) -> Cost:
@@ -105,8 +106,10 @@ def discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
 def fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
     """What a fit depends on. `model` is the graph's fingerprint: a site's input moments depend on everything before it."""
     asked = ",".join(s.spelling() for s in plan.structures)
-    speed = (context.target.name, context.tokens, context.threads, hardware(), sources()) if context.objective == "ms" else ()
-    return digest(model, site.id, asked, plan.share, plan.explicit, context.objective, speed, context.calibration.key, context.seed)
+    timed = "ms" in (context.objective, plan.budget and plan.budget.unit)
+    speed = (context.target.name, context.tokens, context.threads, hardware(), sources()) if timed else ()
+    how = (asked, plan.share, plan.explicit, plan.chosen, context.objective, context.seed)
+    return digest(model, site.id, *how, speed, context.calibration.key, sources(FITTING))
 
 
 def cached(context: Context, site: Site, key: str) -> Decision | None:
@@ -141,7 +144,7 @@ def _judged(graph: Graph, context: Context, plan: Plan, site: Site, moments: Mom
     fits, refusals = fit_families(plan.structures, weight, moments, limit, context.rng(site), shifts)
     if plan.explicit and not fits and plan.share < 1:
         raise RewriteError(f"{site.name}: {'; '.join(refusals)}")
-    chosen, lost = best_that_pays(context, site, weight, fits)
+    chosen, lost = (fits[0], []) if plan.chosen and fits else best_that_pays(context, site, weight, fits)
     if chosen is None:
         return keep(site, "; ".join([*lost, *refusals]) or "no family fits in the budget")
     operator = chosen.operator.to(site.dtype)

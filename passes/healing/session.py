@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +108,8 @@ class Session:
             came = replace(came, before=came.before if start is None else start, steps=came.steps + steps)
             trained = {key: _after(student) for key, student in students.items()}
             self._splice(trained)
-            came = replace(came, after=self._validate())  # in the form that is kept, to its rounding
+            if came.steps:
+                came = replace(came, after=self._validate())  # in the form that is kept, to its rounding
             decisions = {key: _said(trained[key] if came.better else d, came) for key, d in decisions.items()}
         finally:
             self._splice(decisions)
@@ -119,19 +121,20 @@ class Session:
             self.graph.splice(d.site, d.operator, d.shift)
 
     def _teach(self) -> None:
-        """Run the dense model over the samples, those that judge first, for a part of the time at most."""
+        """Run the dense model over the samples for a part of the time at most, but over one that judges and one that trains."""
         for d in self.lossy.values():
             self.graph.restore(d.site)
         blocks = cuts(self.graph, [d.site for d in self.lossy.values()])
         self.blocks, self.inside = [value for value, _ in blocks], [{site.id for site in sites} for _, sites in blocks]
-        order = [self.training[i] for i in torch.randperm(len(self.training), generator=self.rng)]
+        shuffled = [self.training[i] for i in torch.randperm(len(self.training), generator=self.rng)]
+        order = _mixed(self.validation, shuffled)
         taught = list[int]()
-        for index in self.progress.track([*self.validation, *order], "the dense model's states", len(self.validation) + len(order)):
-            if self.clock.steps is None and self.clock.progress(0) > TEACHING and taught:
+        for index in self.progress.track(order, "the dense model's states", len(order)):
+            if self.clock.steps is None and self.clock.progress(0) > TEACHING and len(taught) > 1:
                 break
             self.targets.put(index, states(self.graph, self.blocks, self.feeds[index])[0])
-            taught += [index] if index % HELD_OUT else []
-        self.training = taught
+            taught.append(index)
+        self.validation, self.training = ([i for i in taught if bool(i % HELD_OUT) is trains] for trains in (False, True))
 
     def _student(self, decision: Decision) -> _Student:
         """Splice the site in the form that trains."""
@@ -158,6 +161,8 @@ class Session:
         for student in students.values():
             student.fade(0.0)
         for block, inside in enumerate(self.inside):
+            if self.clock.progress(taken) >= end:
+                break
             clock = self.clock.part(taken, end, len(self.inside) - block)
             tensors = [t for key, s in students.items() if key in inside for t in s.tensors]
             *_, came = self.progress.track(self._block(chain, block, tensors, clock), f"block {block + 1} of {len(self.inside)}", 101)
@@ -210,6 +215,12 @@ class Session:
             return loss(found, wanted)
         blocks = {name: tensor for name, tensor in wanted.items() if not name.startswith(":")}
         return loss(found, blocks) + self.recipe.loss(outputs, self.feeds[index])
+
+
+def _mixed(validation: Sequence[int], training: Sequence[int]) -> list[int]:
+    """One that judges before every three that train, so that any beginning of two or more has both."""
+    rest = iter(training)
+    return [i for judge in validation for i in (judge, *itertools.islice(rest, 3))] + list(rest)
 
 
 def _after(student: _Student) -> Decision:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rewriter.calibrate import Feeds, padding_mask, unpadded
 from rewriter.graph import Graph, Value
 
-LARGEST = 2.0**15  # of what is stored in float16
+SMALLEST, LARGEST = 2.0**-4, 2.0**15  # the largest number of what is stored in float16, which has three digits of a thousandth of it
 
 
 def states(graph: Graph, cuts: Sequence[Value], feeds: Feeds, grad: bool = False) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
@@ -64,5 +64,5 @@ class Targets:
 
 
 def _narrow(tensor: Tensor) -> Tensor:
-    fits = bool(tensor.abs().max() < LARGEST) if tensor.numel() else True
+    fits = SMALLEST < float(tensor.abs().max()) < LARGEST if tensor.numel() else True
     return (tensor.half() if fits else tensor.float()).contiguous()

@@ -31,8 +31,10 @@ class Clock:
     steps: int | None = None
 
     def progress(self, done: int) -> float:
-        """0 to 1."""
-        return done / self.steps if self.steps is not None else (time.monotonic() - self.begin) / self.seconds
+        """0 to 1; of a clock without time, 1."""
+        if self.steps is not None:
+            return done / self.steps
+        return (time.monotonic() - self.begin) / self.seconds if self.seconds else 1.0
 
     def share(self, seconds: float) -> float:
         """Of the whole, so many seconds; nothing where steps count."""
@@ -53,7 +55,7 @@ class Clock:
         """Whether the next step, and `reserve` seconds after it, would be too much."""
         if self.steps is not None:
             return done >= self.steps
-        return time.monotonic() + reserve - self.begin > self.seconds
+        return time.monotonic() + reserve - self.begin >= self.seconds
 
 
 @dataclass
@@ -98,7 +100,8 @@ def train(
     begin, start = time.monotonic(), clock.progress(0)
     best = [t.detach().clone() for t in tensors]
     came = Trained(before=(first := validated()), after=first)
-    longest, checking, percent, looked = 0.0, time.monotonic() - begin, 0, since
+    longest = checking = time.monotonic() - begin  # the first step is taken for as long as a validation
+    percent, looked = 0, since
     stale = halved = 0  # checks without a gain: in a row, and all
     order = _shuffled(batches, rng)
 
@@ -136,8 +139,9 @@ def train(
         if (now_percent := int(100 * now)) > percent:
             percent = now_percent
             yield came
-    check()
-    _copy(tensors, best)
+    if came.steps:
+        check()
+        _copy(tensors, best)
     yield came
 
 

@@ -53,7 +53,7 @@ def complete(
     """Fits (m, n) under nonnegative weights or a mask (m, n); `inner` = 0 solves every half-step exactly.
 
     What stands in target where the weight is zero is never read. Raises ValueError where shapes differ, a weight is negative or not
-    finite, or rank or kept cannot be.
+    finite, the target is not finite where it is read, or rank or kept cannot be.
     """
     m, n = target.shape
     if weights.shape != target.shape or not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
@@ -61,6 +61,8 @@ def complete(
     if not 0 < rank <= min(m, n) or not 0 <= kept <= m * n:
         raise ValueError(f"rank {rank} with {kept} sparse entries of a {m} x {n} target; the rank is 1 to {min(m, n)}")
     seen = weights > 0
+    if not bool(target[seen].isfinite().all()):
+        raise ValueError("the target holds NaN or inf where the weight is not zero; give such entries the weight 0")
     problem = _Completion(torch.where(seen, target, 0.0), weights.to(target.dtype), rank, kept, rng)
     half = _Half(inner)
     program = [Stage[str, _Move]("half-steps", Cyclic(["left", "right"]), half, 2)]

@@ -17,7 +17,7 @@ from rewriter.calibrate import Calibration, Samples
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments
-from rewriter.operator import flatten
+from rewriter.operator import AbstractMatrix, flatten
 from rewriter.output_error import OutputErrors
 from rewriter.registry import parse_passes
 from rewriter.rule import Context, Decision
@@ -71,6 +71,38 @@ def test_a_site_may_stay_dense_where_the_rest_pays_for_it(tmp_path: Path) -> Non
     _, _, found = run(tmp_path, branches(quiet=1e-6), budget=Budget("params", 0.7))
     assert not found["loud"].rewritten and "params=0.7 is saved at other sites" in found["loud"].reason
     assert found["soft"].rewritten and spent(found, "params") <= 0.7
+
+
+class Moody(FakeTarget):
+    """Curves are timed by stored numbers; after them every form is slower than the dense weight."""
+
+    def __init__(self, curves: int) -> None:
+        super().__init__(lambda form: float(form.cost().params))
+        self.left = curves
+
+    def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
+        self.left -= 1
+        seconds = super().measure(forms, tokens, threads)
+        return seconds if self.left >= 0 else [1.0, *[2.0] * (len(forms) - 1)]
+
+
+@pytest.mark.parametrize("unit", ["ms", "params"])
+def test_timings_of_another_day_do_not_break_a_budget(unit: str, tmp_path: Path) -> None:
+    """Neither when the chosen forms are fitted nor in pre-merge, which else gives the weight back."""
+    target = Moody(curves=4)  # two sites at two token counts
+    g, c, found = run(tmp_path, branches(), budget=Budget(unit, 0.5), objective="ms", target=target)
+    assert target.left <= 0 and 0.4 < spent(found, unit) <= 0.5
+    c.decisions.update({d.site.id: d for d in found.values()})
+    (merge,) = parse_passes("pre-merge")
+    after = {d.site.name: d for d in merge.run(g, c)}
+    assert spent(after, unit) == spent(found, unit) and target.left < 0
+    assert all("0.5x dense at T=1" in d.reason for d in after.values() if d.rewritten)
+
+
+def test_curves_that_were_timed_are_not_taken_for_other_tokens(tmp_path: Path) -> None:
+    for tokens in ((1, 256), (1,)):
+        _, _, found = run(tmp_path, branches(), budget=Budget("ms", 0.5), tokens=tokens)
+        assert spent(found, "ms") <= 0.5
 
 
 def output_error(g: Graph, dense: Graph) -> float:

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rewriter import cache
 from rewriter.algebra import Dense
 from rewriter.allocate import Budget
+from rewriter.cache import FITTING, sources
 from rewriter.decide import decide_all
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, load_weight
@@ -204,6 +206,20 @@ def test_timings_of_another_machine_decide_nothing_here(tmp_path: Path, monkeypa
     assert run(tmp_path, objective="ms")[1] == 0
     monkeypatch.setattr("rewriter.fit.hardware", lambda: "another machine")
     assert run(tmp_path, objective="ms")[1] == 2
+
+
+def test_fits_of_other_code_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path)
+    monkeypatch.setattr("rewriter.fit.sources", lambda patterns=(): "changed")
+    assert run(tmp_path)[1] == 2
+
+
+def test_the_code_of_fits_is_all_of_it() -> None:
+    package = Path(cache.__file__).parent
+    files = {file.relative_to(package).as_posix() for pattern in FITTING for file in package.glob(pattern)}
+    assert files >= {"moments.py", "budgeted.py", "passes/auto.py", "passes/structures/armor.py", "passes/solvers/armor.py"}
+    assert "passes/solvers/bcd/engine.py" in files
+    assert sources(FITTING) != sources()
 
 
 def test_a_fit_after_another_pass_is_not_the_one_before_it(tmp_path: Path) -> None:

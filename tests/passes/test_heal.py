@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rewriter.graph import Graph
 from rewriter.operator import flatten
 from rewriter.passes.heal import Heal
 from rewriter.passes.healing import session, training
+from rewriter.passes.healing.blockwise import Chain
 from rewriter.registry import parse_passes
 from rewriter.structure import spell
 from rewriter.tolerances import EQUAL
@@ -142,7 +144,7 @@ def test_the_minutes_are_a_promise(heal: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_dense_model_takes_only_a_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it has not said by then is not trained on."""
+    """What it has not said by then is neither trained on nor a judge; there are one of each at least."""
     now, seen = [0.0], list[int]()
     put = session.Targets.put
 
@@ -153,8 +155,31 @@ def test_the_dense_model_takes_only_a_part_of_the_time(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(session.Targets, "put", slow)
     monkeypatch.setattr(training.time, "monotonic", lambda: now.__setitem__(0, now[0] + 0.1) or now[0])
-    after_two(tmp_path, Blocks(), "heal:minutes=1")
-    assert seen[:2] == [0, 8] and 3 <= len(seen) <= 5
+    _, _, after = after_two(tmp_path, Blocks(), "heal:minutes=1")
+    assert seen[0] == 0 and all(i % session.HELD_OUT for i in seen[1:]) and 3 <= len(seen) <= 5
+    assert all("healed: loss" in d.reason for d in after.values())
+
+
+@pytest.mark.parametrize("heal", ["heal:minutes=5", "heal:minutes=5:blockwise=0.25"])
+@pytest.mark.parametrize("batch", [0.5, 4.0, 12.0, 30.0])
+def test_slow_models_keep_the_minutes_too(heal: str, batch: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run of the model over a batch moves the clock, three times as far where it learns."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+
+    def slow(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            now[0] += 3 * batch if given[-1] is True else batch
+            return inner(*given)
+
+        return call
+
+    monkeypatch.setattr(session, "states", slow(session.states))
+    monkeypatch.setattr(Chain, "values", slow(Chain.values))
+    _, _, after = after_two(tmp_path, Blocks(), heal)
+    assert now[0] <= 300.0
+    said = {0.5: "; healed: loss", 4.0: "; healed: loss", 12.0: " steps", 30.0: " steps): left as it was"}[batch]
+    assert all(said in d.reason for d in after.values())
 
 
 def test_own_data_and_loss(tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from tests.passes.blocks import close
 STEPS = 60
 
 
-def test_states_are_kept_to_three_digits_and_large_ones_whole(tmp_path: Path) -> None:
+def test_states_are_kept_to_three_digits_and_large_and_small_ones_whole(tmp_path: Path) -> None:
     targets = Targets(tmp_path)
     small, large = normal(5, 3), normal(5, 3, seed=1) * 4 * LARGEST
-    targets.put(3, {"0": small, ":y": large, ":none": torch.zeros(0, 3)})
+    tiny = normal(5, 3, seed=2) * 1e-9
+    targets.put(3, {"0": small, "1": tiny, ":y": large, ":none": torch.zeros(0, 3)})
     found = targets[3]
     close(found["0"], small, torch.float16)
-    assert torch.equal(found[":y"], large) and found[":none"].shape == (0, 3)
+    assert torch.equal(found[":y"], large) and torch.equal(found["1"], tiny) and found[":none"].shape == (0, 3)
 
 
 def test_states_leave_padding_out() -> None:
@@ -219,3 +220,19 @@ def test_the_time_is_kept(step: float, check: float, monkeypatch: pytest.MonkeyP
     *_, came = train([tensor], loss, validate, [0], Clock(100.0, 60.0), 0.05, 0.0, rng, lambda p: None)
     assert now[0] <= 160.0
     assert now[0] >= 160.0 - 4 * (step + check) and came.steps > 0 and came.after < came.before
+
+
+@pytest.mark.parametrize("check", [0.0, 40.0, 70.0])
+def test_without_time_for_a_step_nothing_is_done(check: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check takes so much of the minute that a step might not fit, or the clock has stopped before."""
+    now = [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    tensor = normal(3, 4).requires_grad_()
+
+    def validate() -> float:
+        now[0] += check
+        return 1.0
+
+    clock = Clock(100.0, 60.0) if check else Clock(0.0, 90.0).part(0, 1.0, 3)
+    *_, came = train([tensor], lambda i: tensor.sum(), validate, [0], clock, 0.05, 0.0, torch.Generator(), lambda p: None)
+    assert came == Trained(1.0, 1.0, 0) and now[0] == 100.0 + check

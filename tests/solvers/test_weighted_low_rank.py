@@ -151,3 +151,13 @@ def test_sampled_products_are_taken_where_few_entries_are_observed(share: float)
 def test_what_cannot_be_is_refused(weights: Tensor, rank: int, kept: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         complete(planted(), weights, rank, rng(), kept=kept)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_where_it_is_read(bad: float) -> None:
+    target, weights = planted(), torch.ones_like(planted())
+    target[0, 0] = bad
+    with pytest.raises(ValueError, match="the target holds NaN or inf where the weight is not zero"):
+        complete(target, weights, RANK, rng())
+    weights[0, 0] = 0
+    assert complete(target, weights, RANK, rng()).left.isfinite().all()

@@ -52,7 +52,7 @@ class _Linear(AbstractSmooth):
         self.a, self.b, self.ridge, self.l1, self.lower = a.double(), b.double(), ridge, l1, lower
         self.x = torch.zeros(a.shape[1], dtype=torch.float64)
         self.image = self.a @ self.x  # (m,)
-        self.diagonal = self.steepest * self.a.square().sum(0) + ridge
+        self.diagonal = (self.steepest * self.a.square().sum(0) + ridge).clamp_min(torch.finfo(torch.float64).tiny)  # of a column of zeros
 
     @abc.abstractmethod
     def losses(self, image: Tensor) -> Tensor:
