@@ -101,8 +101,9 @@ def test_timings_of_another_day_do_not_break_a_budget(unit: str, tmp_path: Path)
 
 def test_curves_that_were_timed_are_not_taken_for_other_tokens(tmp_path: Path) -> None:
     for tokens in ((1, 256), (1,)):
-        _, _, found = run(tmp_path, branches(), budget=Budget("ms", 0.5), tokens=tokens)
-        assert spent(found, "ms") <= 0.5
+        target = FakeTarget(lambda form: float(form.cost().params))
+        _, _, found = run(tmp_path, branches(), budget=Budget("ms", 0.5), tokens=tokens, target=target)
+        assert spent(found, "ms") <= 0.5 and len(target.asked) == 2 * len(tokens)
 
 
 def output_error(g: Graph, dense: Graph) -> float:

@@ -160,8 +160,13 @@ def test_the_dense_model_takes_only_a_part_of_the_time(tmp_path: Path, monkeypat
     assert all("healed: loss" in d.reason for d in after.values())
 
 
-@pytest.mark.parametrize("heal", ["heal:minutes=5", "heal:minutes=5:blockwise=0.25"])
-@pytest.mark.parametrize("batch", [0.5, 4.0, 12.0, 30.0])
+@pytest.mark.parametrize(
+    ("heal", "batch"),
+    [
+        *itertools.product(["heal:minutes=5", "heal:minutes=5:blockwise=0.25"], [0.5, 4.0, 12.0, 30.0]),
+        ("heal:minutes=5", 100.0),
+    ],
+)
 def test_slow_models_keep_the_minutes_too(heal: str, batch: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run of the model over a batch moves the clock, three times as far where it learns."""
     now = [0.0]
@@ -178,7 +183,13 @@ def test_slow_models_keep_the_minutes_too(heal: str, batch: float, tmp_path: Pat
     monkeypatch.setattr(Chain, "values", slow(Chain.values))
     _, _, after = after_two(tmp_path, Blocks(), heal)
     assert now[0] <= 300.0
-    said = {0.5: "; healed: loss", 4.0: "; healed: loss", 12.0: " steps", 30.0: " steps): left as it was"}[batch]
+    said = {
+        0.5: "; healed: loss",
+        4.0: "; healed: loss",
+        12.0: " steps",
+        30.0: " steps): left as it was",
+        100.0: "0 steps): left as it was",
+    }[batch]
     assert all(said in d.reason for d in after.values())
 
 
