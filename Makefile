@@ -32,7 +32,7 @@ slow: $(STAMP)
 bench: $(STAMP)
 	for b in $(filter-out tools/bench_quality.py, $(wildcard tools/bench_*.py)); do $(BIN)/python $$b || exit 1; done
 
-quality: $(STAMP)  # nine hours
+quality: $(STAMP)  # eleven hours
 	$(BIN)/python tools/bench_quality.py
 
 clean:
