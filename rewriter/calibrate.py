@@ -18,6 +18,7 @@ from rewriter.moments import Accumulator, Moments, layer_norm
 from rewriter.progress import Progress
 
 SHARE = 0.25  # of the model's bytes, for the moments of one group;
+MASK = "attention_mask"  # the input that says which positions are real
 LEAST = 135_000_000  # bytes of a group, however small the model: a group costs a run over all samples
 Feeds = Mapping[str, Tensor]
 
@@ -43,7 +44,7 @@ def rows(feeds: Feeds) -> int:
 
 def padding_mask(feeds: Feeds) -> Tensor | None:
     """(batch, seq) bool of real positions, where the model takes an attention mask that hides some."""
-    mask = feeds.get("attention_mask")
+    mask = feeds.get(MASK)
     if mask is None or mask.dim() != 2 or bool((mask != 0).all()):
         return None
     return mask != 0
@@ -114,7 +115,7 @@ class Calibration:
     def _floats(self) -> bool:
         """Invented floats are isotropic, which says nothing of a layer deep inside: there the LayerNorm's affine knows more."""
         assert self.samples is not None
-        return all(t.is_floating_point() for t in self.samples.batches[0].values())
+        return all(t.is_floating_point() for name, t in self.samples.batches[0].items() if name != MASK)
 
     def _run(self, taps: Mapping[Value, list[Callable[[Tensor, Tensor | None], None]]]) -> None:
         assert self.samples is not None

@@ -160,6 +160,9 @@ def test_data_wins_over_the_norms_affine_and_the_affine_over_invention() -> None
     (assumed,) = found(g, Samples([batch], "invented", "k", invented=True)).values()
     assert seen is not None and assumed is not None
     assert (seen.count, assumed.count) == (15, 0)
+    for name, count in (("attention_mask", 0), ("positions", 15)):  # a mask says nothing of what floats are like, other whole numbers do
+        (beside,) = found(g, Samples([batch | {name: torch.ones(3, 5, dtype=torch.int64)}], "invented", "k", invented=True)).values()
+        assert beside is not None and beside.count == count
 
 
 def test_without_data_and_norm_nothing_is_known() -> None:
