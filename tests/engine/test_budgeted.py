@@ -13,7 +13,9 @@ from torch import nn
 
 from rewriter import calibrate
 from rewriter.allocate import FLOOR, UNITS, Budget
+from rewriter.budgeted import Point, _Units
 from rewriter.calibrate import Calibration, Samples
+from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments
@@ -57,6 +59,13 @@ def test_the_budget_is_kept_and_used(unit: str, share: float, spelled: str, tmp_
     _, _, found = run(tmp_path, branches(), spelled, budget=Budget(unit, share), objective=unit)
     assert 0.8 * share < spent(found, unit) <= share
     assert all(d.after.of("params") >= FLOOR * share * d.before.of("params") * 0.9 for d in found.values())
+
+
+def test_what_lies_below_the_floor_is_not_chosen() -> None:
+    """However small its error; but where nothing else is left, it is."""
+    dense, small, half = (Point(name, 1.0, error, Cost(params=p)) for name, error, p in (("", 0, 100), ("small", 0, 20), ("half", 0.5, 50)))
+    assert _Units(Budget("params", 0.5), {"site": [dense, small, half]}, []).choose({"site": 1.0}) == {"site": half}
+    assert _Units(Budget("params", 0.5), {"site": [dense, small]}, []).choose({"site": 1.0}) == {"site": small}
 
 
 def test_the_output_decides_who_gets_more(tmp_path: Path) -> None:
