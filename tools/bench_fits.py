@@ -37,7 +37,7 @@ Point = tuple[float, float]  # seconds, bytes
 def fit(family: str, n: int) -> Point:
     """In a process of its own; a small fit before it, so that libraries are loaded."""
     torch.set_num_threads(1)
-    _fit(family, *_layer(64))
+    _fit(family, *_layer(128))
     weight, seen = _layer(n)
     before, begin = _peak(), time.perf_counter()
     found = _fit(family, weight, seen)
