@@ -103,9 +103,9 @@ class _Correction:
         try:
             for d in lossy:
                 self.graph.restore(d.site)
-            errors = OutputErrors(self.graph, replace(self.samples, batches=self.samples.batches[::HELD_OUT]))
+            judges = OutputErrors(self.graph, replace(self.samples, batches=self.samples.batches[::HELD_OUT]))
             blocks = cuts(self.graph, [d.site for d in lossy])
-            with tempfile.TemporaryDirectory(prefix="rewriter-correct-") as folder:
+            with judges as errors, tempfile.TemporaryDirectory(prefix="rewriter-correct-") as folder:
                 self.dense = Targets(Path(folder))
                 (inputs := Path(folder) / "inputs").mkdir()
                 self.chain = Chain(self.graph, [end for end, _ in blocks], self.samples.batches, self.dense, inputs)

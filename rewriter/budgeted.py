@@ -19,7 +19,7 @@ from rewriter.cache import digest
 from rewriter.calibrate import Calibration
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
-from rewriter.fit import Plan, after_cost, cached, fit_families, fit_key, fitted, keep, shifted, site_cost, usable_weight
+from rewriter.fit import Plan, after_cost, cached, fit_families, fit_key, fitted, keep, shifted, site_cost, timed, usable_weight
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments
 from rewriter.output_error import OutputErrors
@@ -75,11 +75,11 @@ def allocated(
     even = {key: units.even(key) for key in open_sites}
     first = fits(even)
     assert context.calibration.samples is not None
-    errors = OutputErrors(graph, context.calibration.samples)
-    weights = {key: errors.effect(d) for key, d in context.progress.track(first.items(), "what the output feels", len(first))}
-    chosen = units.choose(weights)
-    second = {**first, **fits({key: point for key, point in chosen.items() if point != even[key]})}
-    low, high = errors.of(second.values()), errors.of(first.values())
+    with OutputErrors(graph, context.calibration.samples) as errors:
+        weights = {key: errors.effect(d) for key, d in context.progress.track(first.items(), "what the output feels", len(first))}
+        chosen = units.choose(weights)
+        second = {**first, **fits({key: point for key, point in chosen.items() if point != even[key]})}
+        low, high = errors.of(second.values()), errors.of(first.values())
     moved = low <= high or units.total(even) > 1
     for decision in (second if moved else first).values():
         yield replace(decision, reason=_reason(decision, budget, moved, low, high))
@@ -122,7 +122,7 @@ def _curves(
     graph: Graph, context: Context, plan: Plan, budget: Budget, model: str, sites: Sequence[Site], moments: _Remembered
 ) -> dict[str, Curve]:
     """Every site's curve, from the cache or from one pass over the samples."""
-    timed = "ms" in (budget.unit, context.objective)
+    measured = timed(context, plan)
 
     def key(site: Site) -> str:
         return digest("curve", fit_key(model, context, plan, site), budget, FLOOR, LIMITS, NEAR)
@@ -134,19 +134,19 @@ def _curves(
             curves[site.id] = [Point.stored(p) for p in entry[1]["points"]]
     missing = [s for s in sites if s.id not in curves]
     for group in moments(missing):
-        made = in_parallel(lambda pair: _curve(graph, context, plan, budget, *pair, timed), group, 1 if timed else None)
+        made = in_parallel(lambda pair: _curve(graph, context, plan, budget, *pair, measured), group, 1 if measured else None)
         for (site, _), curve in context.progress.track(made, "error against cost", len(group)):
             curves[site.id] = curve
             context.fits.put(key(site), None, {"points": [asdict(p) for p in curve]})
     return curves
 
 
-def _curve(graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, moments: Moments | None, timed: bool) -> Curve:
+def _curve(graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, moments: Moments | None, measured: bool) -> Curve:
     weight = usable_weight(graph, site)
     assert isinstance(weight, Tensor)
-    found = _forms(graph, context, plan, budget, site, weight, moments, timed) if moments is not None else []
+    found = _forms(graph, context, plan, budget, site, weight, moments, measured) if moments is not None else []
     forms = [Dense(weight.float().T.contiguous()), *[fit.operator for _, fit in found]]
-    columns = list(zip(*context.seconds(forms), strict=True)) if timed else [()] * len(forms)
+    columns = list(zip(*context.seconds(forms), strict=True)) if measured else [()] * len(forms)
     dense = Point("", 1.0, 0.0, site_cost(site), columns[0])
     points = [
         Point(_family(fit), share, fit.weighted_error, after_cost(site, fit.operator), seconds)
@@ -160,16 +160,16 @@ def _family(fit: Fitted) -> str:
 
 
 def _forms(
-    graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, weight: Tensor, moments: Moments, timed: bool
+    graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, weight: Tensor, moments: Moments, measured: bool
 ) -> list[tuple[float, Fitted]]:
     """Every family at every limit, each form once; the even share comes first and says which families the other limits need."""
     families, found = list(plan.structures), list[tuple[float, Fitted]]()
     for place, share in enumerate(sorted(limits(budget.share, plan.share), key=lambda s: abs(s - budget.share))):
-        wanted = [f for f in families if timed or not f.iterative or place % SPARSE == 0]
+        wanted = [f for f in families if measured or not f.iterative or place % SPARSE == 0]
         fits, _ = fit_families(wanted, weight, moments, int(share * weight.numel()), context.rng(site), shifted(graph, site))
         known = {fit.spelling for _, fit in found}
         found += [(share, fit) for fit in fits if fit.spelling not in known]
-        if share == budget.share and fits and not timed:
+        if share == budget.share and fits and not measured:
             near = {_family(f) for f in fits if f.weighted_error <= NEAR * fits[0].weighted_error}
             families = [f for f in families if f.name in near]
     return found
@@ -245,9 +245,8 @@ def _fits(
     decisions = {key: keep(site, "dense") for key, (site, point) in wanted.items() if not point.structure}
     decisions |= {key: found for key, (site, _) in wanted.items() if key not in decisions and (found := cached(context, site, keys[key]))}
     missing = [site for key, (site, _) in wanted.items() if key not in decisions]
-    workers = 1 if context.objective == "ms" else None
     for group in moments(missing):
-        made = in_parallel(lambda pair: fitted(graph, context, plans[pair[0].id], *pair, keys[pair[0].id]), group, workers)
+        made = in_parallel(lambda pair: fitted(graph, context, plans[pair[0].id], *pair, keys[pair[0].id]), group)
         for (site, _), decision in context.progress.track(made, "fitting", len(group)):
             decisions[site.id] = decision
     return decisions

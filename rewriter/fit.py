@@ -103,11 +103,15 @@ def discovered(graph: Graph, plan: Plan, site: Site) -> Decision | None:
     return Decision(site, reason, before, after, best.operator.to(site.dtype), best.spelling, True, best.weighted_error)
 
 
+def timed(context: Context, plan: Plan) -> bool:
+    """Whether forms are compared by their time, be it under a budget or by the objective."""
+    return context.objective == "ms" or (plan.budget is not None and plan.budget.unit == "ms")
+
+
 def fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
     """What a fit depends on. `model` is the graph's fingerprint: a site's input moments depend on everything before it."""
     asked = ",".join(s.spelling() for s in plan.structures)
-    timed = "ms" in (context.objective, plan.budget and plan.budget.unit)
-    speed = (context.target.name, context.tokens, context.threads, hardware(), sources()) if timed else ()
+    speed = (context.target.name, context.tokens, context.threads, hardware(), sources()) if timed(context, plan) else ()
     how = (asked, plan.share, plan.explicit, plan.chosen, context.objective, context.seed)
     return digest(model, site.id, *how, speed, context.calibration.key, sources(FITTING))
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,14 +25,20 @@ JUDGED = 64  # samples that a comparison takes
 
 
 class OutputErrors:
-    """Errors of a graph against what it gives when this is made, on about JUDGED of the samples."""
+    """Errors of a graph against what it gives when this is entered, on about JUDGED of the samples."""
 
     def __init__(self, graph: Graph, samples: Samples) -> None:
         self.graph, self.samples = graph, _few(samples)
-        self.folder = tempfile.TemporaryDirectory(prefix="rewriter-outputs-")  # goes with this object
+
+    def __enter__(self) -> Self:
+        self.folder = tempfile.TemporaryDirectory(prefix="rewriter-outputs-")
         for batch in self.samples.batches:
-            floats = {name: value for name, value in graph.run(batch).items() if value.is_floating_point()}
+            floats = {name: value for name, value in self.graph.run(batch).items() if value.is_floating_point()}
             save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in floats.items()}, self._path(batch))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.cleanup()
 
     def _path(self, batch: Feeds) -> Path:
         return Path(self.folder.name, f"{id(batch)}.safetensors")

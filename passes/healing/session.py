@@ -134,7 +134,7 @@ class Session:
                 break
             self.targets.put(index, states(self.graph, self.blocks, self.feeds[index])[0])
             taught.append(index)
-        self.validation, self.training = ([i for i in taught if bool(i % HELD_OUT) is trains] for trains in (False, True))
+        self.validation, self.training = [i for i in taught if i % HELD_OUT == 0], [i for i in taught if i % HELD_OUT]
 
     def _student(self, decision: Decision) -> _Student:
         """Splice the site in the form that trains."""

@@ -124,10 +124,9 @@ def test_what_outputs_were_lies_on_disk_until_nobody_asks(tmp_path: Path, monkey
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     layer = linear(normal(8, 48))
     g = graph(Net(lambda n, x: [y := n.layer(x), y, y.mT, x.argmax(-1)], layer=layer), TAPE)
-    errors = OutputErrors(g, data())
-    assert sum(f.stat().st_size for f in tmp_path.glob("rewriter-*/*")) > 3 * 64 * 5 * 8 * 4
-    assert errors.now() == 0
-    del errors
+    with OutputErrors(g, data()) as errors:
+        assert sum(f.stat().st_size for f in tmp_path.glob("rewriter-*/*")) > 3 * 64 * 5 * 8 * 4
+        assert errors.now() == 0
     assert not list(tmp_path.glob("rewriter-*"))
 
 

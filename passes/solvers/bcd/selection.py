@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rewriter.passes.solvers.bcd.engine import AbstractProblem, AbstractSelection
 from rewriter.passes.solvers.bcd.partition import induced_forest
-from rewriter.passes.solvers.bcd.smooth import AbstractSmooth
+from rewriter.passes.solvers.bcd.smooth import AbstractSmooth, positive
 
 B = TypeVar("B")
 Score = Literal["gs", "gsl", "gsd", "gsq"]
@@ -136,7 +136,7 @@ def _scorer(problem: AbstractSmooth, partition: Sequence[Tensor], score: Score) 
         return lambda g: torch.stack([(g[b].square() / problem.diagonal[b]).sum() for b in partition])
     bounds = [problem.curvature(b) for b in partition]
     if score == "gsl":
-        largest = torch.stack([torch.linalg.eigvalsh(h)[-1] for h in bounds]).clamp_min(torch.finfo(torch.float64).tiny)
+        largest = positive(torch.stack([torch.linalg.eigvalsh(h)[-1] for h in bounds]))
         return lambda g: torch.stack([g[b].square().sum() for b in partition]) / largest
     inverse = [torch.linalg.pinv(h, hermitian=True) for h in bounds]
     return lambda g: torch.stack([g[b] @ h @ g[b] for b, h in zip(partition, inverse, strict=True)])

@@ -15,11 +15,16 @@ from torch import Tensor
 from rewriter.passes.solvers.bcd.engine import AbstractProblem
 
 
+def positive(curvatures: Tensor) -> Tensor:
+    """To divide by; a coordinate that nothing depends on has a gradient of 0 and the curvature 0."""
+    return curvatures.clamp_min(torch.finfo(curvatures.dtype).tiny)
+
+
 class AbstractSmooth(AbstractProblem[Tensor, Tensor]):
     """f of x (n,), float64. `curvature` bounds the Hessian of a block everywhere: f(x + d) <= f(x) + g_b . d + d^T H_b d / 2."""
 
     x: Tensor  # (n,)
-    diagonal: Tensor  # (n,) L_i, the diagonal of the bound
+    diagonal: Tensor  # (n,) L_i > 0, the diagonal of the bound
     lower: float = -float("inf")
 
     @abc.abstractmethod
@@ -52,7 +57,7 @@ class _Linear(AbstractSmooth):
         self.a, self.b, self.ridge, self.l1, self.lower = a.double(), b.double(), ridge, l1, lower
         self.x = torch.zeros(a.shape[1], dtype=torch.float64)
         self.image = self.a @ self.x  # (m,)
-        self.diagonal = (self.steepest * self.a.square().sum(0) + ridge).clamp_min(torch.finfo(torch.float64).tiny)  # of a column of zeros
+        self.diagonal = positive(self.steepest * self.a.square().sum(0) + ridge)
 
     @abc.abstractmethod
     def losses(self, image: Tensor) -> Tensor:
@@ -140,7 +145,7 @@ class Quadratic(AbstractSmooth):
         self.h, self.c = h.double(), c.double()
         self.x = torch.zeros(len(c), dtype=torch.float64)
         self.image = self.h @ self.x
-        self.diagonal = self.h.diagonal().clone()
+        self.diagonal = positive(self.h.diagonal())
 
     def value(self) -> float:
         return float(self.x @ (self.h @ self.x) / 2 - self.c @ self.x)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rewriter.passes.solvers.bcd.engine import AbstractProblem, AbstractUpdate
 from rewriter.passes.solvers.bcd.forest import solve_forest
-from rewriter.passes.solvers.bcd.smooth import AbstractSmooth
+from rewriter.passes.solvers.bcd.smooth import AbstractSmooth, positive
 from rewriter.passes.solvers.bcd.supports import best_support
 
 ARMIJO = 1e-4  # of the fall that the slope promises
@@ -82,7 +82,7 @@ class PCG(AbstractSearched):
 
     def direction(self, problem: AbstractSmooth, block: Tensor, g: Tensor) -> Tensor:
         h = problem.hessian(block)
-        return conjugate(lambda v: h @ v, -g, 1 / h.diagonal(), self.steps)
+        return conjugate(lambda v: h @ v, -g, 1 / positive(h.diagonal()), self.steps)
 
 
 @dataclass(frozen=True)
