@@ -57,6 +57,16 @@ def apply(passes: Passes, model: Any, inputs: Inputs = None, data: Any = None, *
     return torch_target.lower(result.graph)
 
 
+def inference_session(path: str | Path, sess_options: Any = None, providers: Sequence[Any] | None = None) -> Any:
+    """An ordinary onnxruntime.InferenceSession of a rewritten .onnx whose structured layers run in this package's kernels.
+
+    Arguments as onnxruntime.InferenceSession has them; the file is not changed. The kernels are compiled on first use; where they cannot be
+    had (no compiler, an old ONNX Runtime) a RuntimeWarning says why and everything runs on stock operators, as do layers that no kernel
+    covers. Raises RewriteError for a file that is no proper ONNX model.
+    """
+    return importlib.import_module("rewriter.backends.kernels.session").inference_session(path, sess_options, providers)
+
+
 def _objects(passes: Passes) -> list[AbstractPass] | None:
     """The passes as objects where some were given as such."""
     from rewriter.registry import parse_passes

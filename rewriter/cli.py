@@ -112,6 +112,17 @@ def passes(name: o.PassName = None, debug: o.Debug = False) -> None:
 
 
 @app.command(cls=Command)
+def kernels(action: o.KernelAction = "status", model: o.KernelModel = None, debug: o.Debug = False) -> None:
+    """Whether compiled kernels are there and right on this machine, and what they would take of MODEL; `build` compiles them now."""
+    if model is not None:
+        _check_model(model)
+    found = importlib.import_module("rewriter.backends.kernels.status")
+    if action not in found.ACTIONS:
+        raise RewriteError(f"rewrite kernels {action}: there are {' and '.join(found.ACTIONS)}")
+    print(found.said(action, model))
+
+
+@app.command(cls=Command)
 def replay(
     report_file: o.ReportFile, out: o.Out = None, report: o.Report = None, cache: o.Cache = None,
     arch: o.Arch = None, metric: o.Metric = None, trust_pickle: o.TrustPickle = False, force: o.Force = False, quiet: o.Quiet = False,
@@ -229,7 +240,7 @@ def _exit(code: int) -> None:
 
 def _commands() -> dict[str, Any]:
     group: Any = typer.main.get_command(app)
-    order = [DEFAULT, "plan", "verify", "bench", "diff", "passes", "replay"]
+    order = [DEFAULT, "plan", "verify", "bench", "diff", "passes", "kernels", "replay"]
     Command.siblings = {name: group.commands[name] for name in order}
     return Command.siblings
 

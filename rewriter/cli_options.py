@@ -22,6 +22,8 @@ Model = Annotated[str, _argument("MODEL", "a .pt2, .onnx, .safetensors or torch.
 A = Annotated[str, _argument("A", "the model to compare with: the dense one")]
 B = Annotated[str, _argument("B", "the model to judge: the rewritten one")]
 ReportFile = Annotated[str, _argument("REPORT.json", "what --report wrote")]
+KernelAction = Annotated[str, _argument("[status|build]", "what to do; status by default")]
+KernelModel = Annotated[str | None, _argument("[MODEL]", "a rewritten .onnx whose layers are listed")]
 PassName = Annotated[str | None, _argument("[NAME]", "one pass or structure in detail")]
 
 Passes = Annotated[str, _option(None, "--passes", "PASS,...", "what to apply, in order; see Passes below", default=True)]

@@ -40,12 +40,12 @@ def no_gradients(grad: bool) -> None:
 
 
 class Session:
-    """An InferenceSession that speaks torch. Custom-op libraries are never loaded.
+    """An InferenceSession that speaks torch. No library of custom operators is loaded but `library`, which is ours.
 
     As a user gets it; `faithful`: quantised weights are multiplied in the model's own float type, and waiting threads sleep.
     """
 
-    def __init__(self, model: str | bytes, threads: int, faithful: bool = False, provider: str = CPU) -> None:
+    def __init__(self, model: str | bytes, threads: int, faithful: bool = False, provider: str = CPU, library: str = "") -> None:
         import onnxruntime as ort  # heavy, and only a run needs it
 
         options = ort.SessionOptions()  # type: ignore[attr-defined]
@@ -54,6 +54,8 @@ class Session:
         if faithful:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")  # else activations are rounded to int8
+        if library:
+            options.register_custom_ops_library(library)
         try:
             self.session = ort.InferenceSession(model, options, providers=list(dict.fromkeys([provider, CPU])))  # type: ignore[attr-defined]
         except Exception as problem:

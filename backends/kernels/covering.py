@@ -1,0 +1,93 @@
+"""A model's opaque nodes as Chain nodes of the kernels, bias and activation with them, in place; what is not covered stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from rewriter.backends.kernels.following import activation_after, bias_after
+from rewriter.backends.kernels.pack import Layout, pack
+from rewriter.backends.kernels.plan import NotCovered, Plan, plan
+from rewriter.backends.onnx.constants import Constants
+from rewriter.backends.onnx.edit import Names, store
+from rewriter.backends.onnx.opaque import SITE, is_opaque, spec_of
+from rewriter.operator import AbstractMatrix, skeleton, unflatten
+
+DOMAIN, OP = "structured.kernels", "Chain"
+
+
+@dataclass(frozen=True)
+class Covered:
+    """What became of one opaque node."""
+
+    site: str
+    kind: str
+    reason: str  # why the kernels leave it; empty where they take it
+    fused: tuple[str, ...] = ()  # what went with it: "bias", the activation's name
+
+
+def cover(model: ir.Model, layout: Layout, threads: int) -> list[Covered]:
+    """Every opaque node, in order."""
+    names, constants = Names(model), Constants(model.graph.opset_imports.get("", 20))
+    found = [_cover(node, model, names, constants, layout, threads) for node in list(model.graph.all_nodes()) if is_opaque(node)]
+    if any(not c.reason for c in found):
+        model.graph.opset_imports[DOMAIN] = 1
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _cover(node: ir.Node, model: ir.Model, names: Names, constants: Constants, layout: Layout, threads: int) -> Covered:
+    site = node.metadata_props.get(SITE, node.name or "")
+    try:
+        operator = _operator(node, constants)
+        plan(operator)
+    except NotCovered as left:
+        return Covered(site, node.op_type, str(left))
+    end, fused = node.outputs[0], list[str]()
+    bias, activation = None, ""
+    if (found := bias_after(end, operator.shape[0], constants)) is not None:
+        (bias, end), fused = found, ["bias"]
+    if (follows := activation_after(end, constants)) is not None:
+        (activation, end), fused = follows, [*fused, follows[0]]
+    _replace(node, end, plan(operator, bias, activation), model, names, layout, threads)
+    constants.forget()
+    return Covered(site, node.op_type, "", tuple(fused))
+
+
+def _operator(node: ir.Node, constants: Constants) -> AbstractMatrix:
+    """The matrix that the node holds, its spec compared with its tensors; NotCovered says why there is none for the kernels."""
+    spec, _ = spec_of(node)
+    operator, leaves = skeleton(spec)
+    if not isinstance(operator, AbstractMatrix):
+        raise NotCovered("maps of sequences have no kernel")
+    x, *factors = node.inputs
+    if x is None or x.dtype not in (ir.DataType.FLOAT, None):
+        raise NotCovered(f"its input is {x.dtype if x is not None else 'absent'}; kernels take float32")
+    if len(factors) != len(leaves) or any(v is None or not constants.is_const(v) for v in factors):
+        raise NotCovered("its weights are not stored in the model")
+    tensors = [constants.load(v) for v in factors if v is not None]
+    for leaf, tensor in zip(leaves, tensors, strict=True):
+        if leaf.shape != tensor.shape or leaf.dtype != tensor.dtype:
+            raise NotCovered(f"a weight is {tensor.dtype} {list(tensor.shape)}, its spec says {leaf.dtype} {list(leaf.shape)}")
+    made = unflatten(spec, tensors)
+    assert isinstance(made, AbstractMatrix)
+    return made
+
+
+def _replace(node: ir.Node, end: ir.Value, steps: Plan, model: ir.Model, names: Names, layout: Layout, threads: int) -> None:
+    """One Chain from the node's x to `end`; what lay between is unused then and goes."""
+    packed = pack(steps, layout)
+    weights = store(model, names, packed, f"{node.metadata_props.get(SITE, OP)}.packed")
+    options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
+    chain = ir.Node(DOMAIN, OP, [node.inputs[0], weights], options, version=1, name=names.unused(f"{OP}_{node.name or 'site'}"))
+    made = chain.outputs[0]
+    made.shape, made.type = end.shape, end.type or ir.TensorType(ir.DataType.FLOAT)
+    producer = end.producer()
+    assert producer is not None and producer.graph is not None
+    producer.graph.insert_after(producer, chain)
+    name = end.name
+    end.replace_all_uses_with(made, replace_graph_outputs=True)
+    end.name, made.name = names.unused(f"{name}.before"), name

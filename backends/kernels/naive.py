@@ -1,0 +1,72 @@
+"""A plan step by step in plain torch: the form that the kernel must match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.kernels.pack import rounded
+from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Finish, Plan, Product, X, Y
+
+ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda y: y,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu-tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+def run(plan: Plan, x: Tensor, weights: str = "float32") -> Tensor:
+    """(..., inputs) -> (..., outputs); `weights`: in which of the kernel's formats, rounded as there."""
+    rows = x.reshape(-1, plan.inputs)
+    areas = {X: rows, Y: rows.new_full((len(rows), plan.outputs), torch.nan), SCRATCH: rows.new_full((len(rows), plan.scratch), torch.nan)}
+    for step in plan.steps:
+        if isinstance(step, Product):
+            _product(step, areas, weights)
+        elif isinstance(step, Copy):
+            source, target = step.pairs.long().unbind(1)
+            values = areas[step.source][:, source.clamp_min(0)]
+            areas[step.target][:, target] = values.masked_fill(source == ZERO, 0)
+        else:
+            areas[Y] = finished(step, areas[Y])
+    made: Tensor = areas[Y].unflatten(0, x.shape[:-1])
+    return made
+
+
+def _product(step: Product, areas: dict[int, Tensor], weights: str) -> None:
+    k, q, _ = step.weight.shape
+    read = (step.first + torch.arange(k)[:, None] * step.block + torch.arange(q) * step.step).flatten()[: step.valid]
+    source = areas[step.source].new_zeros(len(areas[X]), k * q)
+    source[:, : step.valid] = areas[step.source][:, read]
+    made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), weights), _stored(step.weight, weights)).flatten(1)
+    areas[step.target][:, step.at : step.at + step.width] = finished(step, made[:, : step.width])
+
+
+def _stored(weight: Tensor, weights: str) -> Tensor:
+    if weights == "float32":
+        return weight.float()
+    if weights == "bfloat16":
+        return weight.bfloat16().float()
+    integers, scale = rounded(weight.float())
+    return integers * scale[:, None]
+
+
+def _multiplied(x: Tensor, weights: str) -> Tensor:
+    """(rows, k, q) as a format multiplies them: int8 rounds each row of each block to 256 steps between its least and its largest."""
+    if weights == "bfloat16":
+        return x.bfloat16().float()
+    if weights != "int8":
+        return x
+    low, high = x.amin(2, keepdim=True).clamp_max(0), x.amax(2, keepdim=True).clamp_min(0)
+    scale = (high - low) / 255
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero = (-low / scale).round()
+    return (((x * (1 / scale)).round() + zero).clamp(0, 255) - zero) * scale
+
+
+def finished(step: Product | Finish, y: Tensor) -> Tensor:
+    """activation(y + bias)."""
+    return ACTIVATED[step.activation](y if step.bias is None else y + step.bias)

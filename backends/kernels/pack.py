@@ -1,0 +1,104 @@
+"""A plan and its weights as one tensor of bytes that the kernel reads: header, steps, panels of weights (see src/chain.hpp).
+
+Of int8 weights each column of each block has a scale of its own, max |w| / 127.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.kernels.plan import ACTIVATIONS, Copy, Finish, Plan, Product, Y
+
+MAGIC = 0x314E494148434B52
+FORMATS = ("float32", "bfloat16", "weight8", "int8")  # as the kernel numbers them
+_ROWS = {"float32": 1, "bfloat16": 2, "weight8": 1, "int8": 4}  # of weights that lie side by side
+_HEADER, _STEP = 8, 24  # numbers of 8 bytes
+_FIELDS = (
+    *("kind", "source", "target", "at", "width", "first", "block", "step", "valid"),
+    *("k", "q", "p", "format", "weights", "scales", "bias", "activation", "pairs"),
+)
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the kernel of this CPU wants its panels."""
+
+    lanes: int
+    panel: int  # columns
+
+
+class _Bytes:
+    """Sections at aligned offsets behind a head of known size."""
+
+    def __init__(self, head: int) -> None:
+        self.parts: list[Tensor] = []
+        self.size = -(-head // _ALIGN) * _ALIGN
+
+    def add(self, *tensors: Tensor) -> int:
+        """The offset of the first; the others follow without gaps."""
+        offset = self.size
+        for tensor in tensors:
+            self.parts.append(tensor.contiguous().flatten().view(torch.uint8))
+            self.size += self.parts[-1].numel()
+        gap = -self.size % _ALIGN
+        self.parts.append(torch.zeros(gap, dtype=torch.uint8))
+        self.size += gap
+        return offset
+
+
+def pack(plan: Plan, layout: Layout, weights: str = "float32") -> Tensor:
+    """uint8, one axis; `weights` is how they are stored and multiplied, one of FORMATS."""
+    head = (_HEADER + _STEP * len(plan.steps)) * 8
+    data = _Bytes(head)
+    steps = [_step(step, plan, data, layout, weights) for step in plan.steps]
+    rows = [[fields.get(name, 0) for name in _FIELDS] + [0] * (_STEP - len(_FIELDS)) for fields in steps]
+    header = [MAGIC, data.size, layout.lanes, layout.panel, plan.inputs, plan.outputs, plan.scratch, len(steps)]
+    numbers = torch.tensor([*header, *(n for row in rows for n in row)], dtype=torch.int64).view(torch.uint8)
+    return torch.cat([numbers, torch.zeros(-head % _ALIGN, dtype=torch.uint8), *data.parts])
+
+
+def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layout, weights: str) -> dict[str, int]:
+    if isinstance(step, Copy):
+        return {"kind": 2, "source": step.source, "target": step.target, "width": len(step.pairs), "pairs": data.add(step.pairs)}
+    bias = 0 if step.bias is None else data.add(step.bias.float())
+    last = {"bias": bias, "activation": ACTIVATIONS.index(step.activation)}
+    if isinstance(step, Finish):
+        return {"kind": 3, "target": Y, "width": plan.outputs, **last}
+    k, q, p = step.weight.shape
+    packed, scales = packed_weight(step.weight, layout, weights)
+    places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "step", "valid")}
+    sizes = {"k": k, "q": q, "p": p, "format": FORMATS.index(weights)}
+    return {"kind": 1, **places, **sizes, "weights": data.add(packed), "scales": data.add(*scales) if scales else 0, **last}
+
+
+def packed_weight(weight: Tensor, layout: Layout, weights: str) -> tuple[Tensor, list[Tensor]]:
+    """The panels of (k, q, p), and per block and column what the kernel multiplies sums with and takes off them."""
+    _, q, p = weight.shape
+    rows, columns = -(-q // _ROWS[weights]) * _ROWS[weights], -(-p // layout.lanes) * layout.lanes
+    wide = torch.nn.functional.pad(weight.detach().float(), (0, columns - p, 0, rows - q))
+    if weights == "float32":
+        return _panels(wide, layout, 1), []
+    if weights == "bfloat16":
+        return _panels(wide.bfloat16(), layout, 2), []
+    integers, scale = rounded(wide)
+    if weights == "weight8":
+        return _panels(integers, layout, 1), [scale]
+    return _panels(integers, layout, 4), [scale, integers.sum(1, dtype=torch.int32)]
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(k, q, p) as int8 and a scale (k, p): weight ~ int8 * scale."""
+    scale = weight.abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _panels(weight: Tensor, layout: Layout, unit: int) -> Tensor:
+    """(k, q, columns) in the kernel's order: block, panel, unit of rows, column, row of the unit."""
+    k, q, _ = weight.shape
+    panels = weight.view(k, q // unit, unit, -1).transpose(2, 3).split(layout.panel, 2)  # of (k, units, columns, unit)
+    return torch.cat([panel.flatten(1) for panel in panels], 1)

@@ -1,0 +1,231 @@
+"""The vocabulary as a plan for the kernel: block-diagonal products whose inputs and outputs are addresses in one row.
+
+Shuffles, splits, pads and permutations compute nothing: they only rename addresses. A product then reads
+x[first + b*block + i*step], where its input is that regular, and writes straight to where its output belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from rewriter.operator import AbstractMatrix
+
+ZERO = -1  # the address of padding
+AREAS = X, Y, SCRATCH = 0, 1, 2
+ACTIVATIONS = ("", "relu", "gelu", "gelu-tanh", "silu")  # as the kernel numbers them
+ALIGN = 16  # floats that scratch offsets are multiples of
+
+
+class NotCovered(Exception):
+    """The kernel has no step for this; what follows runs as it did."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """to[at + b*p + j] = sum_i from[first + b*block + i*step] w[b, i, j]; rows at and beyond `valid` of the k*q are zero."""
+
+    weight: Tensor  # (k, q, p)
+    source: int  # area
+    first: int
+    block: int
+    step: int
+    valid: int
+    target: int  # area
+    at: int
+    width: int  # columns of the k*p that are wanted
+    bias: Tensor | None = None  # (width,), added at the end
+    activation: str = ""  # of ACTIVATIONS, then applied
+
+
+@dataclass(frozen=True)
+class Copy:
+    """to[pairs[i, 1]] = from[pairs[i, 0]], zero where that is ZERO."""
+
+    source: int
+    target: int
+    pairs: Tensor  # (count, 2) int32
+
+
+@dataclass(frozen=True)
+class Finish:
+    """y = activation(y + bias)."""
+
+    bias: Tensor | None  # (m,)
+    activation: str
+
+
+Step = Product | Copy | Finish
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row of inputs to one row of outputs."""
+
+    inputs: int
+    outputs: int
+    scratch: int
+    steps: tuple[Step, ...]
+
+
+@dataclass(eq=False)
+class _Made:
+    """A product whose output has addresses of its own; where they lie is settled when all are known."""
+
+    weight: Tensor  # (k, q, p)
+    source: Tensor  # (k*q,) addresses
+    start: int
+    area: int = SCRATCH
+    at: int = 0
+    width: int = 0
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[0] * self.weight.shape[2]
+
+
+@dataclass
+class PlanOps:
+    """Values are tensors of addresses: x's are 0 to n-1, each product's follow."""
+
+    inputs: int
+    made: list[_Made] = field(default_factory=list)
+
+    def const(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def matmul(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.block_matmul(x, w[None])
+
+    def block_matmul(self, x: Tensor, w: Tensor) -> Tensor:
+        start = self.inputs + sum(m.columns for m in self.made)
+        self.made.append(_Made(w, x, start))
+        return torch.arange(start, start + self.made[-1].columns)
+
+    def shuffle(self, x: Tensor, k: int) -> Tensor:
+        return x.view(k, -1).T.reshape(-1)
+
+    def gather(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[index]
+
+    def concat(self, xs: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(xs))
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        return torch.split(x, list(sizes))
+
+    def pad(self, x: Tensor, width: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - len(x)), value=ZERO)
+
+    def add(self, a: Tensor, b: Tensor) -> NoReturn:
+        raise NotCovered("sums have no kernel")
+
+    def mul(self, x: Tensor, w: Tensor) -> NoReturn:
+        raise NotCovered("scales beside a product have no kernel")
+
+    def scatter(self, values: Tensor, positions: Tensor, n: int, m: int) -> NoReturn:
+        raise NotCovered("weights with zeros left out have no kernel")
+
+
+def plan(operator: AbstractMatrix, bias: Tensor | None = None, activation: str = "") -> Plan:
+    """The steps of activation(operator(x) + bias); NotCovered where the operator is spelled with more than products and permutations."""
+    m, n = operator.shape
+    ops = PlanOps(n)
+    y = operator.product(ops, torch.arange(n))
+    if not ops.made:
+        raise NotCovered("there is no product in it")
+    scratch = _place(ops.made, y)
+    steps: list[Step] = []
+    for made in ops.made:
+        before, product, scratch = _product(made, ops, scratch)
+        steps += [*before, product]
+    steps += _rest(ops, y)
+    return Plan(n, m, scratch, tuple(_finished(steps, bias, activation)))
+
+
+def _place(made: list[_Made], y: Tensor) -> int:
+    """Each output to y where y has it in one piece, else to the scratch; gives the scratch's width."""
+    scratch = 0
+    for product in made:
+        where = (y == product.start).nonzero().flatten()
+        later = [m.source for m in made]
+        if len(where):
+            at = int(where[0])
+            run = y[at : at + product.columns] == torch.arange(product.start, product.start + product.columns)[: len(y) - at]
+            width = int(run.long().cumprod(0).sum())
+            beyond = range(product.start + width, product.start + product.columns)
+            if not any(((used >= beyond.start) & (used < beyond.stop)).any() for used in [*later, y]):
+                product.area, product.at, product.width = Y, at, width
+                continue
+        product.area, product.at, product.width = SCRATCH, scratch, product.columns
+        scratch += -(-product.columns // ALIGN) * ALIGN
+    return scratch
+
+
+def _located(ops: PlanOps, addresses: Tensor) -> tuple[Tensor, Tensor]:
+    """Area and offset of each address; padding has area -1."""
+    areas, offsets = torch.full_like(addresses, -1), torch.full_like(addresses, ZERO)
+    inside = (addresses >= 0) & (addresses < ops.inputs)
+    areas[inside], offsets[inside] = X, addresses[inside]
+    for made in ops.made:
+        inside = (addresses >= made.start) & (addresses < made.start + made.columns)
+        areas[inside], offsets[inside] = made.area, addresses[inside] - made.start + made.at
+    return areas, offsets
+
+
+def _product(made: _Made, ops: PlanOps, scratch: int) -> tuple[list[Copy], Product, int]:
+    """The product on its input as it lies, where that is regular; else on a copy."""
+    k, q, _ = made.weight.shape
+    areas, offsets = _located(ops, made.source)
+    whole = Product(made.weight, X, 0, 0, 1, k * q, made.area, made.at, made.width)
+    valid = int((areas >= 0).sum())
+    source = int(areas[0])
+    if source in AREAS and (areas[:valid] == source).all():
+        step = int(offsets[1] - offsets[0]) if q > 1 and valid > 1 else 1
+        block = int(offsets[q] - offsets[0]) if k > 1 and valid > q else 0
+        rule = int(offsets[0]) + torch.arange(k)[:, None] * block + torch.arange(q) * step
+        if step > 0 and block >= 0 and (offsets[:valid] == rule.flatten()[:valid]).all():
+            return [], replace(whole, source=source, first=int(offsets[0]), block=block, step=step, valid=valid), scratch
+    to = torch.arange(scratch, scratch + k * q)
+    copies = _copies(areas, offsets, to, SCRATCH)
+    copied = replace(whole, source=SCRATCH, first=scratch, block=q)
+    return copies, copied, scratch + -(-k * q // ALIGN) * ALIGN
+
+
+def _copies(areas: Tensor, offsets: Tensor, to: Tensor, target: int) -> list[Copy]:
+    """One for each area that is read, zeros with the first."""
+    found = []
+    for area in AREAS:
+        here = areas == area
+        if area == X:
+            here = here | (areas < 0)
+        if here.any():
+            found.append(Copy(area, target, torch.stack([offsets[here], to[here]], 1).to(torch.int32)))
+    return found
+
+
+def _rest(ops: PlanOps, y: Tensor) -> list[Copy]:
+    """What no product writes to y itself."""
+    areas, offsets = _located(ops, y)
+    to = torch.arange(len(y))
+    missing = ~((areas == Y) & (offsets == to))
+    return _copies(areas[missing], offsets[missing], to[missing], Y)
+
+
+def _finished(steps: list[Step], bias: Tensor | None, activation: str) -> list[Step]:
+    """With the products that write to y where nothing else does and nobody reads it, else in a step of its own."""
+    if bias is None and not activation:
+        return steps
+    if any((isinstance(s, Copy) and s.target == Y) or (not isinstance(s, Finish) and s.source == Y) for s in steps):
+        return [*steps, Finish(bias, activation)]
+
+    def last(step: Step) -> Step:
+        if not isinstance(step, Product) or step.target != Y:
+            return step
+        return replace(step, bias=None if bias is None else bias[step.at : step.at + step.width], activation=activation)
+
+    return [last(step) for step in steps]

@@ -1,0 +1,89 @@
+"""An ordinary InferenceSession whose covered nodes run in the kernels. The file stays as it is: it is edited in memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from rewriter.backends.files.onnx_file import load_onnx
+from rewriter.backends.kernels import naive
+from rewriter.backends.kernels.covering import DOMAIN, OP, Covered, cover
+from rewriter.backends.kernels.library import Kernels, kernels
+from rewriter.backends.kernels.pack import pack
+from rewriter.backends.kernels.plan import plan
+from rewriter.backends.onnx.run import CPU, Session, loadable
+from rewriter.backends.onnx.tensors import from_torch
+from rewriter.errors import RewriteError
+from rewriter.tolerances import EQUAL
+
+OLDEST = (1, 17)  # the first ONNX Runtime whose function table has all that the kernels call
+
+
+def inference_session(path: str | Path, sess_options: Any = None, providers: Sequence[Any] | None = None) -> Any:
+    """See rewriter.api.inference_session."""
+    import onnxruntime as ort
+
+    options = sess_options if sess_options is not None else ort.SessionOptions()  # type: ignore[attr-defined]
+    model = load_onnx(path)
+    threads = options.intra_op_num_threads or len(os.sched_getaffinity(0))
+    try:
+        library = trusted()
+    except RewriteError as problem:
+        warnings.warn(f"{path} runs on stock operators: {problem}", RuntimeWarning, stacklevel=3)
+        return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
+    if not any(not c.reason for c in cover(model, library.layout, threads)):
+        return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
+    options.register_custom_ops_library(str(library.path))
+    with loadable(model) as source:
+        return ort.InferenceSession(source, options, providers=providers or [CPU])  # type: ignore[attr-defined]
+
+
+def coverage(path: str | Path) -> list[Covered]:
+    """What the kernels would take of a model, node by node."""
+    return cover(load_onnx(path), trusted().layout, 1)
+
+
+@functools.cache
+def trusted() -> Kernels:
+    """The library of this machine after a model of one node under this ONNX Runtime has matched its naive form; RewriteError otherwise."""
+    found = tuple(int(part) for part in version("onnxruntime").split(".")[:2])
+    if found < OLDEST:
+        raise RewriteError(f"ONNX Runtime {version('onnxruntime')} is too old for kernels; they need {'.'.join(map(str, OLDEST))}")
+    library = kernels()
+    check(library)
+    return library
+
+
+def check(library: Kernels) -> None:
+    """RewriteError unless one node gives what its naive form gives."""
+    from rewriter.algebra import BlockDiagonal, Compose, Dense
+
+    rng = torch.Generator().manual_seed(0)
+    blocks, dense = torch.randn(3, 5, 21, generator=rng), torch.randn(63, 70, generator=rng)
+    steps = plan(Compose((BlockDiagonal(blocks), Dense(dense))), torch.randn(70, generator=rng), "gelu")
+    x = torch.randn(7, 15, generator=rng)
+    found = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"]
+    rtol, atol = EQUAL[torch.float32]
+    if not torch.allclose(found, naive.run(steps, x), rtol, atol):
+        off = (found - naive.run(steps, x)).abs().max()
+        raise RewriteError(f"the kernels are off by {off:.1e} from their plain form on this machine; they are not used")
+
+
+def session_of(packed: torch.Tensor, inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:
+    """A model of one Chain, (rows, inputs) "x" -> (rows, outputs) "y"."""
+    x = ir.Value(name="x", shape=ir.Shape(["rows", inputs]), type=ir.TensorType(ir.DataType.FLOAT))
+    weights = ir.Value(name="packed", const_value=from_torch(packed, "packed"))
+    options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
+    node = ir.Node(DOMAIN, OP, [x, weights], options, version=1)
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape(["rows", outputs]), x.type
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[weights], opset_imports={"": 20, DOMAIN: 1}, name="chain")
+    return Session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), threads, library=str(library.path))

@@ -1,0 +1,103 @@
+// A chain of block-diagonal products, run from one packed tensor that describes itself: header, steps, weights.
+//
+// A row of the program is x (n), y (m) and a scratch; a step reads one of them and writes another:
+//   product   to[at + b p + j] (+)= scale[b, j] sum_i from[first + b block + i step] w[b, i, j], rows at and beyond `valid` being zero
+//   copy      to[pairs[2 i + 1]] = from[pairs[2 i]], zero where the first is negative
+//   finish    y[at + j] = activation(y[at + j] + bias[j])
+// Few rows: each step is cut by columns, so that threads share the weights. Many: each thread takes its own rows through all steps.
+#pragma once
+#include <algorithm>
+
+#include "formats.hpp"
+
+namespace structured {
+
+constexpr int64_t MAGIC = 0x314e494148434b52;  // "RKCHAIN1"
+enum Kind : int64_t { PRODUCT = 1, COPY, FINISH };
+constexpr int64_t MOST_INT8 = 65536;  // rows whose products of 8 bits fit in 32
+enum Area : int64_t { X, Y, SCRATCH };
+
+struct Step {  // 24 numbers of 8 bytes; offsets in bytes from the tensor's start, 0 where there is nothing
+  int64_t kind, from, to, at, width;
+  int64_t first, block, step, valid;
+  int64_t k, q, p, format;
+  int64_t weights, scales, bias, activation, pairs;
+  int64_t spare[6];
+};
+struct Header {
+  int64_t magic, bytes, lanes, panel, n, m, scratch, steps;
+};
+
+// Runs task(0) .. task(count - 1), each once, perhaps at the same time.
+struct Threads {
+  int count;
+  void (*run)(void* with, void (*task)(void*, size_t), size_t count, void* data);
+  void* with;
+  template <class T> void each(size_t count_of, T& body) const {
+    auto call = [](void* data, size_t i) { (*(T*)data)(i); };
+    if (count <= 1 || count_of <= 1)
+      for (size_t i = 0; i < count_of; ++i) body(i);
+    else
+      run(with, call, count_of, &body);
+  }
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t rows_a_unit(int64_t format) { return format == INT8 ? 4 : format == BFLOAT16 ? 2 : 1; }
+inline int64_t bytes_a_row(int64_t format) { return format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1; }
+
+struct Chain {
+  const char* data;
+  const Header& head;
+  const Step* steps;
+  explicit Chain(const void* packed) : data((const char*)packed), head(*(const Header*)packed), steps((const Step*)(data + sizeof(Header))) {}
+
+  template <class T> const T* at(int64_t offset) const { return (const T*)(data + offset); }
+  static int64_t units(const Step& s) { return (s.q + rows_a_unit(s.format) - 1) / rows_a_unit(s.format); }
+  static int64_t columns(const Step& s) { return round_up(s.p, LANES); }
+  static int64_t block_bytes(const Step& s) { return units(s) * rows_a_unit(s.format) * columns(s) * bytes_a_row(s.format); }
+  static bool converts(const Step& s) { return s.format == BFLOAT16 || s.format == INT8; }
+  static int64_t block_rows(const Step& s, int64_t b) { return std::clamp<int64_t>(s.valid - b * s.q, 0, s.q); }
+
+  // What is wrong with the tensor, or nothing. It is ours, but a kernel must not read beyond what it was given.
+  const char* wrong(int64_t bytes) const {
+    if (bytes < (int64_t)sizeof(Header) || head.magic != MAGIC) return "this is no packed chain";
+    if (head.lanes != LANES || head.panel != PANEL) return "the chain was packed for another CPU";
+    if (head.bytes != bytes || head.n < 1 || head.m < 1 || head.scratch < 0 || head.steps < 1 || head.steps > 4096) return "the header is damaged";
+    if (bytes < (int64_t)(sizeof(Header) + head.steps * sizeof(Step))) return "the chain is cut short";
+    for (int64_t i = 0; i < head.steps; ++i)
+      if (!fits(steps[i])) return "a step reaches beyond its tensor";
+    return nullptr;
+  }
+
+ private:
+  int64_t size(int64_t area) const { return area == X ? head.n : area == Y ? head.m : head.scratch; }
+  bool holds(int64_t offset, int64_t bytes) const { return offset >= 0 && offset % 64 == 0 && bytes >= 0 && bytes <= head.bytes && offset <= head.bytes - bytes; }
+
+  bool fits(const Step& s) const {
+    constexpr int64_t MOST = int64_t(1) << 31;
+    for (int64_t number : {s.at, s.width, s.first, s.block, s.step, s.valid, s.k, s.q, s.p})
+      if (number < 0 || number > MOST) return false;
+    if (s.from < X || s.from > SCRATCH || s.to < Y || s.to > SCRATCH) return false;
+    if (s.kind == FINISH) return s.to == Y && s.at + s.width <= head.m && (!s.bias || holds(s.bias, s.width * 4));
+    if (s.kind == COPY) {
+      if (!holds(s.pairs, s.width * 8)) return false;
+      const int32_t* pairs = at<int32_t>(s.pairs);
+      for (int64_t i = 0; i < s.width; ++i)
+        if (pairs[2 * i] >= size(s.from) || pairs[2 * i + 1] < 0 || pairs[2 * i + 1] >= size(s.to)) return false;
+      return true;
+    }
+    if (s.kind != PRODUCT || s.k < 1 || s.q < 1 || s.p < 1 || s.width > s.k * s.p || s.at + s.width > size(s.to)) return false;
+    if (s.format < FLOAT32 || s.format > INT8 || (s.format == INT8 && s.q > MOST_INT8)) return false;
+    for (int64_t b = 0; b < s.k; ++b)
+      if (int64_t rows = block_rows(s, b); rows && s.first + b * s.block + (rows - 1) * s.step >= size(s.from)) return false;
+    if (s.k > MOST / s.q / s.p || !holds(s.weights, s.k * block_bytes(s))) return false;
+    const int64_t scaled = s.format == INT8 ? 2 : s.format == WEIGHT8 ? 1 : 0;  // scales, then the columns' sums
+    return holds(s.scales, scaled * s.k * columns(s) * 4) && (!s.bias || holds(s.bias, s.width * 4));
+  }
+};
+
+// y (rows, m) of x (rows, n), without gaps.
+void run(const Chain& chain, const float* x, float* y, size_t rows, const Threads& threads);
+
+}  // namespace structured

@@ -1,0 +1,109 @@
+// What weights are stored in and how a tile multiplies them. A unit is what 4 bytes of input hold: 1 float, 2 bfloat16 or 4 uint8.
+//
+// Packed weights of a block (q, p): for each panel of columns, for each unit of rows, LANES columns a vector, the rows of a unit side by side.
+#pragma once
+#include "vectors.hpp"
+
+namespace structured {
+
+enum Format : int64_t { FLOAT32, BFLOAT16, WEIGHT8, INT8 };
+
+struct Float32 {  // y = x w
+  static constexpr int ROWS_A_UNIT = 1;
+  using Input = float;
+  using Weight = float;
+  using Sum = Floats;
+  static constexpr int WEIGHTS = LANES;  // stored numbers a vector of columns takes
+  static inline void add(Sum& sum, float x, Floats w) { sum += x * w; }
+  static inline Floats weights(const float* at) { return load<Floats>(at); }
+};
+
+struct Weight8 {  // int8 weights, float arithmetic
+  static constexpr int ROWS_A_UNIT = 1;
+  using Input = float;
+  using Weight = int8_t;
+  using Sum = Floats;
+  static constexpr int WEIGHTS = LANES;
+  typedef int8_t Bytes __attribute__((vector_size(LANES)));
+  static inline void add(Sum& sum, float x, Floats w) { sum += x * w; }
+  static inline Floats weights(const int8_t* at) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)));
+#else
+    return __builtin_convertvector(load<Bytes>(at), Floats);
+#endif
+  }
+};
+
+struct Bfloat16 {  // two rows a unit, sums in float
+  static constexpr int ROWS_A_UNIT = 2;
+  using Input = uint32_t;
+  using Weight = uint16_t;
+  using Sum = Floats;
+  static constexpr int WEIGHTS = 2 * LANES;
+  static inline Ints weights(const uint16_t* at) { return load<Ints>(at); }
+  static inline void add(Sum& sum, uint32_t x, Ints w) {
+#if defined(__AVX512BF16__)
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)w);
+#else
+    const Floats even = (Floats)(w << 16), odd = (Floats)(w & (int32_t)0xffff0000);
+    uint32_t low = x << 16, high = x & 0xffff0000u;
+    float a, b;
+    std::memcpy(&a, &low, 4);
+    std::memcpy(&b, &high, 4);
+    sum += a * even;
+    sum += b * odd;
+#endif
+  }
+};
+
+struct Int8 {  // four rows a unit: uint8 inputs times int8 weights, sums in int32, exact
+  static constexpr int ROWS_A_UNIT = 4;
+  using Input = uint32_t;
+  using Weight = int8_t;
+  using Sum = Ints;
+  static constexpr int WEIGHTS = 4 * LANES;
+  static inline Ints weights(const int8_t* at) { return load<Ints>(at); }
+  static inline void add(Sum& sum, uint32_t x, Ints w) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int)x), (__m512i)w);
+#elif defined(__AVXVNNI__)
+    sum = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32((int)x), (__m256i)w);
+#else
+    for (int i = 0; i < 4; ++i) {  // byte i of every lane, its sign kept
+      sum += ((w << (24 - 8 * i)) >> 24) * (int32_t)((x >> (8 * i)) & 0xff);
+    }
+#endif
+  }
+};
+
+inline uint16_t to_bfloat16(float x) {  // to the nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// sums[r][v] = sum over units u of x[r * rows + u * step] w[u], for R rows and V vectors of columns.
+template <class F, int R, int V>
+inline void tile(const typename F::Input* x, size_t rows, size_t step, const typename F::Weight* w, size_t units, typename F::Sum (&sums)[R][V]) {
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = typename F::Sum{};
+  for (size_t u = 0; u < units; ++u) {
+    decltype(F::weights(w)) columns[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) columns[v] = F::weights(w + v * F::WEIGHTS);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const auto value = x[r * rows];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) F::add(sums[r][v], value, columns[v]);
+    }
+    x += step;
+    w += V * F::WEIGHTS;
+  }
+}
+
+}  // namespace structured

@@ -1,0 +1,134 @@
+// structured.kernels::Chain(x, packed) for ONNX Runtime: one node runs a packed chain on the session's own threads.
+#include <cstdlib>
+#include <new>
+
+#include "chain.hpp"
+#include "ort_abi.hpp"
+
+using namespace structured;
+
+namespace {
+
+const char* const DOMAIN = "structured.kernels";
+
+struct Kernel {
+  const ort::Api& api;
+  int64_t threads;
+  const void* packed;  // the session's own bytes, or a copy where they are not aligned
+  void* copy;
+  ~Kernel() { std::free(copy); }
+};
+
+#define RETURN_IF_WRONG(call) \
+  if (ort::Status* status = (call)) return status
+
+ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  int64_t threads = 1, bytes = 0;
+  RETURN_IF_WRONG(api->attribute(info, "threads", &threads));
+  RETURN_IF_WRONG(api->attribute(info, "bytes", &bytes));
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  RETURN_IF_WRONG(api->constant_input(info, 1, &is_constant, &value));
+  if (!is_constant || !value) return api->create_status(ort::INVALID_ARGUMENT, "the weights of a Chain have to be an initializer");
+  ort::TensorInfo* shape = nullptr;
+  size_t held = 0;
+  RETURN_IF_WRONG(api->tensor_info(value, &shape));
+  ort::Status* status = api->element_count(shape, &held);
+  api->release_tensor_info(shape);
+  if (status) return status;
+  if (bytes < 0 || (size_t)bytes != held) return api->create_status(ort::INVALID_ARGUMENT, "the weights of a Chain have another size than it says");
+  void* data = nullptr;
+  RETURN_IF_WRONG(api->tensor_data(value, &data));
+  void* copy = nullptr;
+  if ((uintptr_t)data % 64) {
+    copy = std::aligned_alloc(64, round_up(bytes, 64));
+    if (!copy) return api->create_status(ort::FAIL, "no memory for the weights of a Chain");
+    std::memcpy(copy, data, bytes);
+    data = copy;
+  }
+  if (const char* wrong = bytes < (int64_t)sizeof(Header) ? "this is no packed chain" : Chain(data).wrong(bytes)) {
+    std::free(copy);
+    return api->create_status(ort::INVALID_ARGUMENT, wrong);
+  }
+  *out = new Kernel{*api, threads, data, copy};
+  return nullptr;
+}
+
+struct Pool {
+  const ort::Api& api;
+  ort::KernelContext* context;
+  ort::Status* status;
+};
+
+void parallel(void* with, void (*task)(void*, size_t), size_t count, void* data) {
+  Pool& pool = *(Pool*)with;
+  if (ort::Status* status = pool.api.parallel_for(pool.context, task, count, 0, data)) {
+    if (pool.status) pool.api.release_status(pool.status);
+    pool.status = status;
+  }
+}
+
+ort::Status* compute(void* self, ort::KernelContext* context) {
+  const Kernel& kernel = *(const Kernel*)self;
+  const ort::Api& api = kernel.api;
+  const Chain chain(kernel.packed);
+  const ort::Value* input = nullptr;
+  RETURN_IF_WRONG(api.input(context, 0, &input));
+  ort::TensorInfo* shape = nullptr;
+  RETURN_IF_WRONG(api.tensor_info(input, &shape));
+  int64_t dims[16];
+  size_t rank = 0;
+  ort::Status* status = api.dimensions_count(shape, &rank);
+  if (!status && rank >= 1 && rank <= 16) status = api.dimensions(shape, dims, rank);
+  api.release_tensor_info(shape);
+  if (status) return status;
+  if (rank < 1 || rank > 16 || dims[rank - 1] != chain.head.n) return api.create_status(ort::INVALID_ARGUMENT, "the input of a Chain has another width than its weights");
+  size_t rows = 1;
+  for (size_t i = 0; i + 1 < rank; ++i) rows *= (size_t)dims[i];
+  dims[rank - 1] = chain.head.m;
+  ort::Value* output = nullptr;
+  RETURN_IF_WRONG(api.output(context, 0, dims, rank, &output));
+  if (!rows) return nullptr;
+  void *x = nullptr, *y = nullptr;
+  RETURN_IF_WRONG(api.tensor_data(input, &x));
+  RETURN_IF_WRONG(api.tensor_data(output, &y));
+  Pool pool{api, context, nullptr};
+  try {
+    run(chain, (const float*)x, (float*)y, rows, Threads{(int)kernel.threads, parallel, &pool});
+  } catch (const std::bad_alloc&) {
+    return api.create_status(ort::FAIL, "no memory for a Chain");
+  }
+  return pool.status;
+}
+
+ort::CustomOp chain_op() {
+  ort::CustomOp op{};
+  op.version = ort::API_VERSION;
+  op.name = [](const ort::CustomOp*) { return "Chain"; };
+  op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
+  op.input_type = [](const ort::CustomOp*, size_t i) -> int { return i ? ort::UINT8 : ort::FLOAT; };
+  op.input_count = [](const ort::CustomOp*) -> size_t { return 2; };
+  op.output_type = [](const ort::CustomOp*, size_t) -> int { return ort::FLOAT; };
+  op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.destroy = [](void* kernel) { delete (Kernel*)kernel; };
+  op.input_kind = op.output_kind = [](const ort::CustomOp*, size_t) { return 0; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+  op.variadic_input_least = op.variadic_input_alike = op.variadic_output_least = op.variadic_output_alike = [](const ort::CustomOp*) { return 1; };
+  op.create_kernel_v2 = create;
+  op.compute_v2 = compute;
+  op.first_version = [](const ort::CustomOp*) { return 1; };
+  op.last_version = [](const ort::CustomOp*) { return INT32_MAX; };
+  return op;
+}
+
+}  // namespace
+
+extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  const ort::Api* api = base->get_api(ort::API_VERSION);
+  if (!api) return nullptr;  // an ONNX Runtime before 1.17: who loads the library has asked for its version first
+  static const ort::CustomOp op = chain_op();
+  ort::CustomOpDomain* domain = nullptr;
+  RETURN_IF_WRONG(api->create_domain(DOMAIN, &domain));
+  RETURN_IF_WRONG(api->add_to_domain(domain, &op));
+  return api->add_domain(options, domain);
+}

@@ -1,0 +1,42 @@
+// Runs chains from a file under the sanitizers, each in memory of just its size, and writes what they gave.
+// In: for each case int64 bytes, rows; the packed tensor; x. Out: for each case int64 ran (0: refused), then y.
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "chain.hpp"
+
+using namespace structured;
+
+static void at_once(void*, void (*task)(void*, size_t), size_t count, void* data) {
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < count; ++i) threads.emplace_back([=] { task(data, i); });
+  for (auto& thread : threads) thread.join();
+}
+
+int main(int, char** arguments) {
+  FILE* in = std::fopen(arguments[1], "rb");
+  FILE* out = std::fopen(arguments[2], "wb");
+  const int threads = std::atoi(arguments[3]);
+  int64_t sizes[2];
+  while (std::fread(sizes, 8, 2, in) == 2) {
+    void* packed = std::aligned_alloc(64, round_up(sizes[0], 64));
+    if (std::fread(packed, 1, sizes[0], in) != (size_t)sizes[0]) return 2;
+    int64_t inputs = 0;
+    if (std::fread(&inputs, 8, 1, in) != 1) return 2;
+    std::vector<float> x(sizes[1] * inputs);
+    if (std::fread(x.data(), 4, x.size(), in) != x.size()) return 2;
+    const Chain chain(packed);
+    const int64_t ran = !chain.wrong(sizes[0]) && chain.head.n == inputs && chain.head.m <= 4096 && chain.head.scratch <= 4096;
+    std::fwrite(&ran, 8, 1, out);
+    if (ran) {
+      std::vector<float> y(sizes[1] * chain.head.m);
+      run(chain, x.data(), y.data(), sizes[1], Threads{threads, at_once, nullptr});
+      std::fwrite(y.data(), 4, y.size(), out);
+    }
+    std::free(packed);
+  }
+  std::fclose(in);
+  std::fclose(out);
+}

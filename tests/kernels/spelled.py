@@ -1,0 +1,73 @@
+"""Random products: shuffles, pads, permutations, cuts and block products in any order, for the plan and the kernel to get right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.operator import AbstractMatrix
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """As much of an operator as a plan asks for; no AbstractMatrix, so that no registry finds it."""
+
+    shape: tuple[int, int]
+    words: tuple[Callable[[Any, Any], Any], ...]
+
+    def product(self, ops: Any, x: Any) -> Any:
+        for word in self.words:
+            x = word(ops, x)
+        return x
+
+
+def spelled(seed: int, widest: int = 90, most_products: int = 3) -> AbstractMatrix:
+    """At least one product; sizes are rarely multiples of anything."""
+    draw, rng = random.Random(seed), torch.Generator().manual_seed(seed)
+    n = width = draw.randint(1, widest)
+    words: list[Callable[[Any, Any], Any]] = []
+    products = draw.randint(1, most_products)
+    while products:
+        kind = draw.choice(["block", "block", "shuffle", "pad", "gather", "cut", "twice"])
+        if kind == "block":
+            word, width = _block(draw, rng, width, widest)
+            products -= 1
+        else:
+            word, width = _moved(kind, draw, width)
+        words.append(word)
+    for _ in range(draw.randint(0, 2)):
+        word, width = _moved(draw.choice(["shuffle", "gather", "cut", "pad"]), draw, width)
+        words.append(word)
+    return Spelled((width, n), tuple(words))  # type: ignore[return-value]
+
+
+def _divisor(draw: random.Random, width: int) -> int:
+    return draw.choice([d for d in range(1, width + 1) if width % d == 0])
+
+
+def _block(draw: random.Random, rng: torch.Generator, width: int, widest: int) -> tuple[Callable[[Any, Any], Any], int]:
+    k = _divisor(draw, width) if draw.random() < 0.7 else 1
+    p = draw.randint(1, max(1, widest // k))
+    weight: Tensor = torch.randn(k, width // k, p, generator=rng) / (width // k) ** 0.5
+    return (lambda ops, x: ops.block_matmul(x, ops.const(weight))), k * p
+
+
+def _moved(kind: str, draw: random.Random, width: int) -> tuple[Callable[[Any, Any], Any], int]:
+    if kind == "shuffle":
+        k = _divisor(draw, width)
+        return (lambda ops, x: ops.shuffle(x, k)), width
+    if kind == "pad":
+        wider = width + draw.randint(0, 5)
+        return (lambda ops, x: ops.pad(x, wider)), wider
+    if kind == "gather":
+        index = torch.tensor([draw.randrange(width) for _ in range(draw.randint(1, width))])
+        return (lambda ops, x: ops.gather(x, ops.const(index))), len(index)
+    if kind == "twice":
+        return (lambda ops, x: ops.concat([x, x])), 2 * width
+    left = draw.randint(1, width)
+    return (lambda ops, x: ops.split(x, [left, width - left])[0] if left < width else x), left

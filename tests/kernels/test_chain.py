@@ -1,0 +1,171 @@
+"""The kernel equals its plain form: every format, instruction set and activation; odd sizes, single rows, threads; nothing else written."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rewriter.backends.kernels import naive
+from rewriter.backends.kernels.library import Kernels, cpu, kernels
+from rewriter.backends.kernels.pack import FORMATS, pack
+from rewriter.backends.kernels.plan import ACTIVATIONS, Plan, plan
+from rewriter.errors import RewriteError
+from rewriter.operator import AbstractMatrix
+from rewriter.passes.structures.low_rank import LowRank
+from rewriter.passes.structures.monarch import Monarch
+from rewriter.tolerances import EQUAL
+from tests.kernels.spelled import spelled
+from tests.onnx.models import close
+
+LEVELS = ["native", "portable", *(["avx2"] if "avx2" in cpu() else [])]
+FENCE = 64  # floats around an output that nobody may write
+
+
+@pytest.fixture(params=LEVELS)
+def library(request: pytest.FixtureRequest) -> Kernels:
+    return kernels(request.param)
+
+
+def ran(library: Kernels, steps: Plan, x: Tensor, weights: str = "float32", threads: int = 1) -> Tensor:
+    """On outputs that were NaN, between fences."""
+    room = torch.full((len(x) * steps.outputs + 2 * FENCE,), torch.nan)
+    out = room[FENCE : len(room) - FENCE].view(len(x), steps.outputs)
+    y = library.run(pack(steps, library.layout, weights), x, steps.outputs, threads, out)
+    assert y.data_ptr() == out.data_ptr()
+    assert room[:FENCE].isnan().all() and room[len(room) - FENCE :].isnan().all()
+    return y
+
+
+def agree(found: Tensor, steps: Plan, x: Tensor, weights: str) -> None:
+    """Rounding to int8 between two products may fall to the other side, where sums differ in the last place."""
+    wanted = naive.run(steps, x, weights)
+    if weights in ("float32", "weight8"):
+        close(found, wanted)
+    else:
+        assert (found - wanted).norm() <= EQUAL[torch.bfloat16][0] * wanted.norm()
+
+
+@pytest.mark.parametrize("chunk", range(10))
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_thousand_random_chains(library: Kernels, weights: str, chunk: int) -> None:
+    for seed in range(100 * chunk, 100 * chunk + 100):
+        operator = spelled(seed)
+        bias = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed)) if seed % 3 else None
+        steps = plan(operator, bias, ACTIVATIONS[seed % len(ACTIVATIONS)])
+        x = torch.randn(1 + seed % 14, operator.shape[1], generator=torch.Generator().manual_seed(seed))
+        agree(ran(library, steps, x, weights, 1 + seed % 2), steps, x, weights)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 130), (3, 67, 64), (1, 129, 49)], ids=str)
+def test_one_product_is_exact_in_what_it_rounds_to(library: Kernels, weights: str, shape: tuple[int, int, int]) -> None:
+    k, q, p = shape
+    steps = plan(_diagonal(torch.randn(k, q, p, generator=torch.Generator().manual_seed(1)) / q**0.5))
+    x = torch.randn(7, k * q, generator=torch.Generator().manual_seed(2))
+    close(ran(library, steps, x, weights), naive.run(steps, x, weights))
+
+
+def _diagonal(blocks: Tensor) -> AbstractMatrix:
+    from rewriter.algebra import BlockDiagonal
+
+    return BlockDiagonal(blocks)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5, 6, 64, 97, 500])
+def test_rows_and_threads_do_not_change_a_row(library: Kernels, rows: int, weights: str) -> None:
+    """Bit by bit: large enough for both ways to share the work."""
+    operator = Monarch(torch.randn(4, 96, 160) / 10, torch.randn(4, 160, 90) / 12, 384, 360)
+    steps = plan(operator)
+    x = torch.randn(rows, 384)
+    alone = torch.cat([ran(library, steps, row[None], weights) for row in x[:9]])
+    for threads in (1, 2, 3):
+        assert ran(library, steps, x, weights, threads)[:9].equal(alone)
+    agree(alone, steps, x[:9], weights)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(library: Kernels, activation: str) -> None:
+    steps = plan(_diagonal(torch.eye(1)[None]), None, activation)
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e18, -1e18])])[:, None]
+    close(ran(library, steps, x), naive.run(steps, x))
+
+
+def test_nan_and_infinity_show(library: Kernels) -> None:
+    steps = plan(LowRank(torch.randn(40, 20), torch.randn(20, 33)))
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(3, 40)
+        x[1, 7] = bad
+        for weights in FORMATS:
+            y = ran(library, steps, x, weights)
+            assert not y[1].isfinite().any() and y[0].isfinite().all() and y[2].isfinite().all()
+
+
+def test_zero_rows_and_zero_inputs(library: Kernels) -> None:
+    steps = plan(LowRank(torch.randn(40, 20), torch.randn(20, 33)))
+    for weights in FORMATS:
+        assert ran(library, steps, torch.randn(0, 40), weights).shape == (0, 33)
+        assert not ran(library, steps, torch.zeros(2, 40), weights).any()
+
+
+def test_leading_axes_and_strides() -> None:
+    steps = plan(LowRank(torch.randn(40, 20), torch.randn(20, 33)))
+    packed, x = pack(steps, kernels().layout), torch.randn(3, 40, 5).transpose(1, 2)
+    close(kernels().run(packed, x, 33), naive.run(steps, x.contiguous()))
+
+
+def test_wrong_inputs_are_refused() -> None:
+    steps = plan(LowRank(torch.randn(40, 20), torch.randn(20, 33)))
+    packed = pack(steps, kernels().layout)
+    for x, outputs in ((torch.randn(2, 39), 33), (torch.randn(2, 40), 32), (torch.randn(2, 40).double(), 33)):
+        with pytest.raises(RewriteError, match="maps 40 to 33 float32 numbers"):
+            kernels().run(packed, x, outputs)
+    for damaged, said in ((packed[:-64], "damaged"), (packed[:40], "no packed chain"), (packed[64:], "no packed chain")):
+        with pytest.raises(RewriteError, match=said):
+            kernels().run(damaged.clone(), torch.randn(2, 40), 33)
+
+
+def test_chains_for_another_cpu_are_refused() -> None:
+    steps = plan(LowRank(torch.randn(40, 20), torch.randn(20, 33)))
+    others = [kernels(level).layout for level in LEVELS if kernels(level).layout != kernels().layout]
+    for layout in others:
+        with pytest.raises(RewriteError, match="another CPU"):
+            kernels().run(pack(steps, layout), torch.randn(2, 40), 33)
+    assert others or platform.machine() != "x86_64"
+
+
+def test_a_library_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rewriter.backends.kernels import library
+
+    path = library.build()
+    monkeypatch.setattr(library, "_compile", lambda command: pytest.fail("compiled again"))
+    assert library.build() == path
+
+
+def test_what_stands_in_the_way_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rewriter.backends.kernels import library
+
+    monkeypatch.setenv("REWRITER_KERNELS", "off")
+    with pytest.raises(RewriteError, match="switched off by REWRITER_KERNELS=off"):
+        library.build()
+    monkeypatch.setenv("REWRITER_KERNELS", "sse")
+    with pytest.raises(RewriteError, match="REWRITER_KERNELS=sse; allowed are native, avx2, portable, off"):
+        library.build()
+    monkeypatch.setenv("REWRITER_KERNELS", "")
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
+    with pytest.raises(RewriteError, match=r"do not compile with .*: x\.cpp:1: error: no such thing"):
+        library.build()
+    assert not list(tmp_path.rglob("*.so*"))
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(RewriteError, match=r"no C\+\+ compiler is there"):
+        library.build()

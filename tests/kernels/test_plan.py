@@ -1,0 +1,87 @@
+"""Plans compute what the operator computes, in the plain form; what has no steps is refused with its reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rewriter.backends.eager import EagerOps
+from rewriter.backends.kernels import naive
+from rewriter.backends.kernels.plan import SCRATCH, Copy, Finish, NotCovered, Product, Y, plan
+from rewriter.operator import AbstractMatrix, AbstractOperator
+from rewriter.passes.structures.low_rank import LowRank
+from rewriter.passes.structures.monarch import Monarch
+from rewriter.passes.structures.pivoted_low_rank import PivotedLowRank
+from rewriter.registry import load_structures
+from tests.kernels.spelled import spelled
+from tests.onnx.models import close
+
+load_structures()
+MATRICES = sorted(name for name, kind in AbstractOperator.kinds.items() if issubclass(kind, AbstractMatrix))
+REFUSED = {
+    "Compose": "scales beside a product have no kernel",  # its random member has a Diagonal
+    "Diagonal": "scales beside a product have no kernel",
+    "HouseholderProduct": "sums have no kernel",
+    "Permutation": "there is no product in it",
+    "Sparse": "weights with zeros left out have no kernel",
+    "Sum": "sums have no kernel",
+}
+
+
+def random(name: str) -> AbstractMatrix:
+    kind = AbstractOperator.kinds[name]
+    assert issubclass(kind, AbstractMatrix)
+    return kind.random(torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_every_matrix_has_a_plan_or_a_reason(name: str) -> None:
+    operator = random(name)
+    if name in REFUSED:
+        with pytest.raises(NotCovered, match=REFUSED[name]):
+            plan(operator)
+        return
+    x = torch.randn(2, 5, operator.shape[1])
+    close(naive.run(plan(operator), x), operator.product(EagerOps(), x))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_spellings(seed: int) -> None:
+    operator = spelled(seed)
+    x = torch.randn(3, operator.shape[1])
+    bias = torch.randn(operator.shape[0]) if seed % 2 else None
+    made = operator.product(EagerOps(), x)
+    close(naive.run(plan(operator, bias, "silu"), x), torch.nn.functional.silu(made if bias is None else made + bias))
+
+
+def kinds(operator: AbstractMatrix) -> list[type]:
+    return [type(step) for step in plan(operator, torch.zeros(operator.shape[0]), "relu").steps]
+
+
+def test_shuffles_and_padding_cost_no_step() -> None:
+    operator = Monarch(torch.randn(3, 4, 6), torch.randn(2, 9, 5), 11, 9)
+    assert kinds(operator) == [Product, Product]
+    first, second = plan(operator).steps
+    assert isinstance(first, Product) and isinstance(second, Product)
+    assert (first.valid, first.target, second.target, second.width) == (11, SCRATCH, Y, 9)
+    assert (second.first, second.block, second.step) == (0, 1, 2)
+
+
+def test_a_strided_input_costs_no_step_and_a_strided_output_one() -> None:
+    assert kinds(Monarch(torch.randn(3, 4, 6), torch.randn(2, 9, 5), 12, 10, stride_in=True)) == [Product, Product]
+    assert kinds(Monarch(torch.randn(3, 4, 6), torch.randn(2, 9, 5), 12, 10, stride_out=True)) == [Product, Product, Copy, Finish]
+
+
+def test_pivots_lie_in_the_output() -> None:
+    """The first product is a piece of y and the second's input; so nothing may be done to y before both are."""
+    operator = PivotedLowRank(torch.randn(7, 2), torch.randn(2, 3), 3)
+    assert kinds(operator) == [Product, Product, Finish]
+    assert plan(operator).scratch == 0
+
+
+def test_bias_and_activation_go_with_the_last_product() -> None:
+    bias = torch.randn(5)
+    first, last = plan(LowRank(torch.randn(7, 2), torch.randn(2, 5)), bias, "gelu").steps
+    assert isinstance(first, Product) and isinstance(last, Product)
+    assert first.bias is None and not first.activation
+    assert last.bias is not None and last.bias.equal(bias) and last.activation == "gelu"

@@ -1,0 +1,147 @@
+"""Sessions with kernels: the same outputs as stock ONNX Runtime, what is covered and fused, and stock where kernels cannot be had."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewriter
+from rewriter.backends.kernels import library, session
+from rewriter.errors import RewriteError
+from rewriter.tolerances import EQUAL
+
+RTOL, ATOL = EQUAL[torch.float32]
+
+
+class Block(nn.Module):
+    """Each activation as modules and as formulas, a residual, a weightless end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(i, o) for i, o in ((32, 96), (96, 32), (32, 64), (64, 32), (32, 40)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(nn.functional.gelu(self.a(x))) + x
+        c = self.c(h)
+        h = self.d(c * torch.sigmoid(c)) + h
+        e = self.e(h)
+        return 0.5 * e * (1 + torch.tanh(0.7978845608028654 * (e + 0.044715 * e * e * e)))
+
+
+@pytest.fixture(scope="module")
+def rewritten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("kernels") / "net.onnx"
+    options = {"inputs": ["x:float32[batch,time,32]"], "target": "onnxruntime", "timing": False, "objective": "params", "force": True}
+    rewriter.rewrite(Block(), "monarch:blocks=4:rank=2", out=str(path), **options)  # type: ignore[arg-type]
+    return path
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    yield
+    session.trusted.cache_clear()
+
+
+def ran(model: object, x: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    (y,) = model.run(None, {model.get_inputs()[0].name: x})  # type: ignore[attr-defined]
+    return np.asarray(y)
+
+
+def agree(path: Path, model: object) -> None:
+    stock = ort.InferenceSession(str(path))  # type: ignore[attr-defined]
+    for shape in ((1, 1, 32), (3, 7, 32), (2, 0, 32), (5, 40, 32)):
+        x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        np.testing.assert_allclose(ran(model, x), ran(stock, x), RTOL, ATOL)
+
+
+def test_a_session_gives_what_stock_gives(rewritten: Path) -> None:
+    before = rewritten.read_bytes()
+    model = rewriter.inference_session(rewritten)
+    assert type(model) is ort.InferenceSession  # type: ignore[attr-defined]
+    agree(rewritten, model)
+    assert rewritten.read_bytes() == before
+
+
+def test_names_stay(rewritten: Path) -> None:
+    stock, model = ort.InferenceSession(str(rewritten)), rewriter.inference_session(rewritten)  # type: ignore[attr-defined]
+    for which in ("get_inputs", "get_outputs"):
+        assert [(v.name, v.shape, v.type) for v in getattr(model, which)()] == [(v.name, v.shape, v.type) for v in getattr(stock, which)()]
+
+
+def test_what_is_covered_and_what_goes_with_it(rewritten: Path) -> None:
+    covered = {c.site: c for c in session.coverage(rewritten)}
+    assert {c.reason for c in covered.values()} == {""}
+    fused = {site: c.fused for site, c in covered.items()}
+    biased = ("bias",)
+    assert fused == {"a": (*biased, "gelu"), "b": biased, "c": (*biased, "silu"), "d": biased, "e": (*biased, "gelu-tanh")}
+
+
+def test_options_are_kept(rewritten: Path) -> None:
+    options = ort.SessionOptions()  # type: ignore[attr-defined]
+    options.intra_op_num_threads = 1
+    agree(rewritten, rewriter.inference_session(rewritten, options))
+
+
+@pytest.mark.parametrize("switch", [{"REWRITER_KERNELS": "off"}, {"CXX": "", "PATH": os.devnull}], ids=["off", "no compiler"])
+def test_without_kernels_stock_runs_and_a_warning_says_why(
+    rewritten: Path, switch: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session.trusted.cache_clear()
+    library.kernels.cache_clear()
+    for name, value in switch.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(RuntimeWarning, match=r"net\.onnx runs on stock operators: (no C|kernels are switched off)"):
+        model = rewriter.inference_session(rewritten)
+    agree(rewritten, model)
+
+
+def test_kernels_that_are_wrong_here_are_not_used(rewritten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.trusted.cache_clear()
+    monkeypatch.setattr(session.naive, "run", lambda steps, x: torch.zeros(len(x), steps.outputs))
+    with pytest.warns(RuntimeWarning, match=r"off by .* from their plain form on this machine; they are not used"):
+        agree(rewritten, rewriter.inference_session(rewritten))
+
+
+def test_an_old_runtime_is_said(rewritten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.trusted.cache_clear()
+    monkeypatch.setattr(session, "version", lambda name: "1.16.3")
+    with pytest.raises(RewriteError, match=r"ONNX Runtime 1.16.3 is too old for kernels; they need 1.17"):
+        session.trusted()
+
+
+def test_a_model_without_structure_is_stock(tmp_path: Path) -> None:
+    path = tmp_path / "dense.onnx"
+    torch.onnx.export(nn.Linear(4, 3).eval(), (torch.randn(2, 4),), str(path), dynamo=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = np.ones((2, 4), np.float32)
+        np.testing.assert_allclose(ran(rewriter.inference_session(path), x), ran(ort.InferenceSession(str(path)), x))  # type: ignore[attr-defined]
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "no.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(RewriteError, match=r"no\.onnx"):
+        rewriter.inference_session(path)
+
+
+def test_a_spec_that_lies_about_its_weights_is_not_covered(rewritten: Path) -> None:
+    import onnx_ir as ir
+
+    from rewriter.backends.kernels.covering import cover
+    from rewriter.backends.onnx.opaque import SPEC, is_opaque
+
+    model = ir.load(rewritten)
+    node = next(n for n in model.graph.all_nodes() if is_opaque(n))
+    node.metadata_props[SPEC] = node.metadata_props[SPEC].replace('"shape":[4', '"shape":[2', 1)
+    first, *others = cover(model, library.kernels().layout, 1)
+    assert "its spec says" in first.reason and not any(c.reason for c in others)
