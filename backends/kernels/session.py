@@ -77,13 +77,19 @@ def check(library: Kernels) -> None:
         raise RewriteError(f"the kernels are off by {off:.1e} from their plain form on this machine; they are not used")
 
 
-def session_of(packed: torch.Tensor, inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:
-    """A model of one Chain, (rows, inputs) "x" -> (rows, outputs) "y"."""
+def session_of(packed: torch.Tensor | Sequence[torch.Tensor], inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:
+    """A model of one Chain, (rows, inputs) "x" -> (rows, outputs) "y"; of several, each on the same x, the others "y1", "y2", ..."""
+    several = [packed] if isinstance(packed, torch.Tensor) else packed
     x = ir.Value(name="x", shape=ir.Shape(["rows", inputs]), type=ir.TensorType(ir.DataType.FLOAT))
-    weights = ir.Value(name="packed", const_value=from_torch(packed, "packed"))
-    options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
-    node = ir.Node(DOMAIN, OP, [x, weights], options, version=1)
-    y = node.outputs[0]
-    y.name, y.shape, y.type = "y", ir.Shape(["rows", outputs]), x.type
-    graph = ir.Graph([x], [y], nodes=[node], initializers=[weights], opset_imports={"": 20, DOMAIN: 1}, name="chain")
+    weights = [ir.Value(name=f"packed{i}", const_value=from_torch(p, f"packed{i}")) for i, p in enumerate(several)]
+    nodes = [ir.Node(DOMAIN, OP, [x, w], _options(threads, p), version=1) for w, p in zip(weights, several, strict=True)]
+    for i, node in enumerate(nodes):
+        y = node.outputs[0]
+        y.name, y.shape, y.type = f"y{i or ''}", ir.Shape(["rows", outputs]), x.type
+    made = [node.outputs[0] for node in nodes]
+    graph = ir.Graph([x], made, nodes=nodes, initializers=weights, opset_imports={"": 20, DOMAIN: 1}, name="chain")
     return Session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), threads, library=str(library.path))
+
+
+def _options(threads: int, packed: torch.Tensor) -> list[ir.Attr]:
+    return [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]

@@ -1,0 +1,112 @@
+"""structured::chain(x, packed, outputs) for torch: a rewritten program as a module for inference whose covered layers run in the kernels.
+
+The weights are packed for this CPU, so such a module is made where it runs; it is not for training, nor for a file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from rewriter.backends.fx.custom_op import LIBRARY, MAP, SITE, map_body
+from rewriter.backends.fx.graph import FxGraph
+from rewriter.backends.fx.target import as_module
+from rewriter.backends.fx.trace import decomposed
+from rewriter.backends.kernels.library import Kernels, kernels
+from rewriter.backends.kernels.pack import pack
+from rewriter.backends.kernels.plan import NotCovered, plan
+from rewriter.operator import AbstractMatrix, unflatten
+
+LIBRARY.define("chain(Tensor x, Tensor packed, int outputs) -> Tensor")
+
+
+def _run(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    return kernels().run(packed, x, outputs)
+
+
+def _fake(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+LIBRARY.impl("chain", _run, "CPU")
+torch.library.register_fake("structured::chain", _fake, lib=LIBRARY)
+CHAIN = torch.ops.structured.chain.default
+_ACTIVATIONS: dict[Any, str] = {
+    torch.ops.aten.relu.default: "relu",
+    torch.ops.aten.gelu.default: "gelu",
+    torch.ops.aten.silu.default: "silu",
+}
+
+
+def with_kernels(graph: FxGraph) -> nn.Module:
+    """The program as a module, called as ever; RewriteError where there are no kernels. Uncovered layers run in plain aten."""
+    library = kernels()
+    clean = graph.clone()
+    clean.prune()
+    module = as_module(decomposed(clean.program, {MAP: map_body}))
+    module.requires_grad_(False)
+    for number, node in enumerate(module.graph.find_nodes(op="call_function", target=SITE)):
+        _cover(module, node, f"packed_{number}", library)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _cover(module: GraphModule, node: Node, name: str, library: Kernels) -> None:
+    x, factors, spec, outputs, _ = node.args
+    operator = unflatten(str(spec), [_stored(module, factor) for factor in factors])  # type: ignore[union-attr, misc]
+    assert isinstance(operator, AbstractMatrix) and isinstance(x, Node)
+    try:
+        if x.meta["val"].dtype != torch.float32:
+            return
+        plan(operator)
+    except NotCovered:
+        return
+    end, bias, activation = node, None, ""
+    if (found := _bias_after(module, end, operator.shape[0])) is not None:
+        bias, end = found
+    if (found_activation := _activation_after(end)) is not None:
+        activation, end = found_activation
+    module.register_buffer(name, pack(plan(operator, bias, activation), library.layout))
+    with module.graph.inserting_after(end):
+        chain = module.graph.call_function(CHAIN, (x, None, outputs))
+        chain.meta = dict(end.meta)
+    with module.graph.inserting_before(chain):
+        chain.args = (x, module.graph.get_attr(name), outputs)
+    end.replace_all_uses_with(chain)
+
+
+def _stored(module: GraphModule, node: object) -> Tensor:
+    assert isinstance(node, Node) and node.op == "get_attr"
+    found = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _only_user(node: Node) -> Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _bias_after(module: GraphModule, node: Node, width: int) -> tuple[Tensor, Node] | None:
+    user = _only_user(node)
+    if user is None or user.target is not torch.ops.aten.add.Tensor or user.kwargs.get("alpha", 1) != 1:
+        return None
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(other, Node) or other.op != "get_attr" or tuple(other.meta["val"].shape) != (width,):
+        return None
+    return _stored(module, other), user
+
+
+def _activation_after(node: Node) -> tuple[str, Node] | None:
+    user = _only_user(node)
+    name = _ACTIVATIONS.get(user.target) if user is not None else None
+    if user is None or name is None:
+        return None
+    return (f"{name}-tanh" if user.kwargs.get("approximate", "none") == "tanh" else name), user
