@@ -38,7 +38,9 @@ def run(plan: Plan, x: Tensor, weights: str = "float32") -> Tensor:
 
 def _product(step: Product, areas: dict[int, Tensor], weights: str) -> None:
     k, q, _ = step.weight.shape
-    read = (step.first + torch.arange(k)[:, None] * step.block + torch.arange(q) * step.step).flatten()[: step.valid]
+    i = torch.arange(q)
+    places = i // step.run * step.jump + i % step.run * step.step
+    read = (step.first + torch.arange(k)[:, None] * step.block + places).flatten()[: step.valid]
     source = areas[step.source].new_zeros(len(areas[X]), k * q)
     source[:, : step.valid] = areas[step.source][:, read]
     made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), weights), _stored(step.weight, weights)).flatten(1)
@@ -61,9 +63,9 @@ def _multiplied(x: Tensor, weights: str) -> Tensor:
     if weights != "int8":
         return x
     low, high = x.amin(2, keepdim=True).clamp_max(0), x.amax(2, keepdim=True).clamp_min(0)
-    scale = (high - low) / 255
+    scale = (high - low) * torch.tensor(1 / 255)
     scale = torch.where(scale > 0, scale, 1.0)
-    zero = (-low / scale).round()
+    zero = (-low * (1 / scale)).round()
     return (((x * (1 / scale)).round() + zero).clamp(0, 255) - zero) * scale
 
 

@@ -17,7 +17,7 @@ FORMATS = ("float32", "bfloat16", "weight8", "int8")  # as the kernel numbers th
 _ROWS = {"float32": 1, "bfloat16": 2, "weight8": 1, "int8": 4}  # of weights that lie side by side
 _HEADER, _STEP = 8, 24  # numbers of 8 bytes
 _FIELDS = (
-    *("kind", "source", "target", "at", "width", "first", "block", "step", "valid"),
+    *("kind", "source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid"),
     *("k", "q", "p", "format", "weights", "scales", "bias", "activation", "pairs"),
 )
 _ALIGN = 64
@@ -70,7 +70,7 @@ def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layou
         return {"kind": 3, "target": Y, "width": plan.outputs, **last}
     k, q, p = step.weight.shape
     packed, scales = packed_weight(step.weight, layout, weights)
-    places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "step", "valid")}
+    places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid")}
     sizes = {"k": k, "q": q, "p": p, "format": FORMATS.index(weights)}
     return {"kind": 1, **places, **sizes, "weights": data.add(packed), "scales": data.add(*scales) if scales else 0, **last}
 

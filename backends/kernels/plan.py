@@ -1,7 +1,8 @@
 """The vocabulary as a plan for the kernel: block-diagonal products whose inputs and outputs are addresses in one row.
 
 Shuffles, splits, pads and permutations compute nothing: they only rename addresses. A product then reads
-x[first + b*block + i*step], where its input is that regular, and writes straight to where its output belongs.
+x[first + b*block + i//run*jump + i%run*step], where its input is that regular, and writes straight to where its output belongs. The columns
+of a block stand in the order in which the next product reads them, so that it reads runs.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class NotCovered(Exception):
 
 @dataclass(frozen=True)
 class Product:
-    """to[at + b*p + j] = sum_i from[first + b*block + i*step] w[b, i, j]; rows at and beyond `valid` of the k*q are zero."""
+    """to[at + b*p + j] = sum_i from[first + b*block + i//run*jump + i%run*step] w[b, i, j]; rows beyond the `valid` of the k*q are zero."""
 
     weight: Tensor  # (k, q, p)
     source: int  # area
     first: int
     block: int
+    run: int
+    jump: int
     step: int
     valid: int
     target: int  # area
@@ -138,6 +141,7 @@ def plan(operator: AbstractMatrix, bias: Tensor | None = None, activation: str =
     y = operator.product(ops, torch.arange(n))
     if not ops.made:
         raise NotCovered("there is no product in it")
+    _order_columns(ops, y)
     scratch = _place(ops.made, y)
     steps: list[Step] = []
     for made in ops.made:
@@ -145,6 +149,27 @@ def plan(operator: AbstractMatrix, bias: Tensor | None = None, activation: str =
         steps += [*before, product]
     steps += _rest(ops, y)
     return Plan(n, m, scratch, tuple(_finished(steps, bias, activation)))
+
+
+def _order_columns(ops: PlanOps, y: Tensor) -> None:
+    """Of a product that one other reads, and y does not: each block's columns as that reads them first."""
+    for made in ops.made:
+        own = torch.arange(made.start, made.start + made.columns)
+        readers = [m for m in ops.made if torch.isin(own, m.source).any()]
+        if len(readers) != 1 or torch.isin(own, y).any():
+            continue
+        (reader,) = readers
+        k, _, p = made.weight.shape
+        first = torch.full((made.columns,), reader.source.numel())
+        inside = (reader.source >= made.start) & (reader.source < made.start + made.columns)
+        first.scatter_reduce_(0, reader.source[inside] - made.start, inside.nonzero().flatten(), "amin")
+        order = first.view(k, p).argsort(dim=1, stable=True)  # of each block, the old column at each new place
+        if order.equal(torch.arange(p).expand(k, p)):
+            continue
+        made.weight = made.weight.gather(2, order[:, None].expand_as(made.weight))
+        places = torch.arange(k)[:, None] * p + order.argsort(1)
+        reader.source = reader.source.clone()
+        reader.source[inside] = made.start + places.flatten()[reader.source[inside] - made.start]
 
 
 def _place(made: list[_Made], y: Tensor) -> int:
@@ -181,19 +206,30 @@ def _product(made: _Made, ops: PlanOps, scratch: int) -> tuple[list[Copy], Produ
     """The product on its input as it lies, where that is regular; else on a copy."""
     k, q, _ = made.weight.shape
     areas, offsets = _located(ops, made.source)
-    whole = Product(made.weight, X, 0, 0, 1, k * q, made.area, made.at, made.width)
+    whole = Product(made.weight, X, 0, 0, q, 0, 1, k * q, made.area, made.at, made.width)
     valid = int((areas >= 0).sum())
     source = int(areas[0])
     if source in AREAS and (areas[:valid] == source).all():
-        step = int(offsets[1] - offsets[0]) if q > 1 and valid > 1 else 1
-        block = int(offsets[q] - offsets[0]) if k > 1 and valid > q else 0
-        rule = int(offsets[0]) + torch.arange(k)[:, None] * block + torch.arange(q) * step
-        if step > 0 and block >= 0 and (offsets[:valid] == rule.flatten()[:valid]).all():
-            return [], replace(whole, source=source, first=int(offsets[0]), block=block, step=step, valid=valid), scratch
+        regular = _regular(offsets[:valid].tolist(), q)
+        if regular is not None:
+            return [], replace(whole, source=source, first=int(offsets[0]), valid=valid, **regular), scratch
     to = torch.arange(scratch, scratch + k * q)
     copies = _copies(areas, offsets, to, SCRATCH)
     copied = replace(whole, source=SCRATCH, first=scratch, block=q)
     return copies, copied, scratch + -(-k * q // ALIGN) * ALIGN
+
+
+def _regular(offsets: Sequence[int], q: int) -> dict[str, int] | None:
+    """How blocks of q read these places, if they do so regularly."""
+    first, one = offsets[0], offsets[:q]
+    step = one[1] - first if len(one) > 1 else 1
+    run = next((i for i in range(1, len(one)) if one[i] - one[i - 1] != step), q)
+    jump = one[run] - first if run < len(one) else 0
+    block = offsets[q] - first if len(offsets) > q else 0
+    if min(step, jump, block) < 0:
+        return None
+    rule = (first + i // q * block + i % q // run * jump + i % q % run * step for i in range(len(offsets)))
+    return {"block": block, "run": run, "jump": jump, "step": step} if all(a == b for a, b in zip(rule, offsets, strict=True)) else None
 
 
 def _copies(areas: Tensor, offsets: Tensor, to: Tensor, target: int) -> list[Copy]:

@@ -51,6 +51,7 @@ class Session:
         options = ort.SessionOptions()  # type: ignore[attr-defined]
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 4  # what fails is raised, and said once
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # else threads of one session take the cores of the next
         if faithful:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")  # else activations are rounded to int8

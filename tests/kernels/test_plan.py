@@ -58,13 +58,14 @@ def kinds(operator: AbstractMatrix) -> list[type]:
     return [type(step) for step in plan(operator, torch.zeros(operator.shape[0]), "relu").steps]
 
 
-def test_shuffles_and_padding_cost_no_step() -> None:
+def test_shuffles_and_padding_cost_no_step_and_leave_runs() -> None:
+    """The first product's columns stand in the second's order: block λ reads its rank's columns of each block side by side."""
     operator = Monarch(torch.randn(3, 4, 6), torch.randn(2, 9, 5), 11, 9)
     assert kinds(operator) == [Product, Product]
     first, second = plan(operator).steps
     assert isinstance(first, Product) and isinstance(second, Product)
     assert (first.valid, first.target, second.target, second.width) == (11, SCRATCH, Y, 9)
-    assert (second.first, second.block, second.step) == (0, 1, 2)
+    assert (second.first, second.block, second.run, second.jump, second.step) == (0, 3, 3, 6, 1)
 
 
 def test_a_strided_input_costs_no_step_and_a_strided_output_one() -> None:

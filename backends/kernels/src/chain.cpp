@@ -35,54 +35,105 @@ struct Workspace {
   }
 };
 
-// Steps of (most - least) / 255, zero among them; NaN where an input is not finite.
-void to_uint8(const float* x, int64_t count, int64_t step, uint8_t* to, int64_t padded, float& scale, int32_t& zero) {
-  float low = 0.0f, high = 0.0f, odd = 0.0f;  // odd: NaN once an input was not finite, for comparisons pass NaN over
-  int64_t i = 0;
-  if (step == 1) {
-    Floats lows = all(0.0f), highs = all(0.0f), odds = all(0.0f);
-    for (; i + LANES <= count; i += LANES) {
-      const Floats v = load<Floats>(x + i);
-      lows = smaller(v, lows);
-      highs = larger(v, highs);
-      odds += v * 0.0f;
-    }
-    for (int lane = 0; lane < LANES; ++lane) low = std::min(low, lows[lane]), high = std::max(high, highs[lane]), odd += odds[lane];
+// How 8 bits stand for a row of a block: steps of (most - least) / 255, zero among them; NaN where an input is not finite.
+struct Range {
+  float scale, inverse;
+  int32_t zero;
+  Range(float low, float high, float odd) {  // odd: zero, or NaN where something was not finite
+    scale = (high - low) * (1.0f / 255.0f) + odd;
+    if (scale < FLT_MIN) scale = FLT_MIN;  // nothing but zeros, or as good as that
+    const bool finite = scale == scale;
+    inverse = finite ? 1.0f / scale : 0.0f;
+    zero = finite ? (int32_t)std::nearbyint(-low * inverse) : 0;
   }
-  for (; i < count; ++i) low = std::min(low, x[i * step]), high = std::max(high, x[i * step]), odd += x[i * step] * 0.0f;
-  scale = (high - low) / 255.0f + odd;
-  if (scale < FLT_MIN) scale = FLT_MIN;  // nothing but zeros, or as good as that
-  const bool finite = scale == scale;
-  zero = finite ? (int32_t)std::nearbyint(-low / scale) : 0;
-  const float inverse = finite ? 1.0f / scale : 0.0f;
-  i = 0;
+};
+
 #if defined(__AVX512F__)
-  if (step == 1)
-    for (; i + 16 <= count; i += 16) {
-      __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(inverse)));
-      v = _mm512_max_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(zero)), _mm512_setzero_si512());
-      _mm_storeu_si128((__m128i*)(to + i), _mm512_cvtusepi32_epi8(v));
-    }
+inline __mmask16 first(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : (1u << count) - 1); }
+inline Floats part(const float* from, int64_t count) { return (Floats)_mm512_maskz_loadu_ps(first(count), from); }
+
+Range to_uint8(const float* x, int64_t count, uint8_t* to, int64_t padded) {
+  Floats lows = all(0.0f), highs = all(0.0f), odds = all(0.0f);  // comparisons pass NaN over, so sums look for it
+  for (int64_t i = 0; i < count; i += 16) {
+    const Floats v = part(x + i, count - i);
+    lows = (Floats)_mm512_min_ps((__m512)v, (__m512)lows);
+    highs = (Floats)_mm512_max_ps((__m512)v, (__m512)highs);
+    odds += v * 0.0f;
+  }
+  const bool finite = !_mm512_cmp_ps_mask((__m512)odds, (__m512)odds, _CMP_UNORD_Q);
+  const __m512 halves = _mm512_min_ps(_mm512_shuffle_f32x4((__m512)lows, (__m512)-highs, 0x44), _mm512_shuffle_f32x4((__m512)lows, (__m512)-highs, 0xee));
+  __m512 both = _mm512_min_ps(halves, _mm512_permute_ps(halves, 0x4e));  // lows in the lower half, highs turned round in the upper
+  both = _mm512_min_ps(both, _mm512_permute_ps(both, 0xb1));
+  both = _mm512_min_ps(both, _mm512_shuffle_f32x4(both, both, 0xb1));
+  const Range range(both[0], -both[8], finite ? 0.0f : NAN);
+  const __m512 inverse = _mm512_set1_ps(range.inverse);
+  const __m512i zero = _mm512_set1_epi32(range.zero);
+  for (int64_t i = 0; i < padded; i += 16) {
+    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)part(x + i, std::max<int64_t>(count - i, 0)), inverse));
+    v = _mm512_max_epi32(_mm512_add_epi32(v, zero), _mm512_setzero_si512());
+    _mm512_mask_cvtusepi32_storeu_epi8(to + i, first(padded - i), v);
+  }
+  return range;
+}
+#else
+Range to_uint8(const float* x, int64_t count, uint8_t* to, int64_t padded) {
+  float low = 0.0f, high = 0.0f, odd = 0.0f;
+  for (int64_t i = 0; i < count; ++i) low = std::min(low, x[i]), high = std::max(high, x[i]), odd += x[i] * 0.0f;
+  const Range range(low, high, odd);
+  for (int64_t i = 0; i < padded; ++i) {
+    const float steps = i < count && odd == 0.0f ? std::nearbyint(x[i] * range.inverse) : 0.0f;
+    to[i] = (uint8_t)std::clamp((int32_t)steps + range.zero, 0, 255);
+  }
+  return range;
+}
 #endif
-  for (; i < count; ++i) to[i] = (uint8_t)(finite ? std::clamp((int32_t)std::nearbyint(x[i * step] * inverse) + zero, 0, 255) : 0);
-  for (; i < padded; ++i) to[i] = (uint8_t)zero;
+
+void all_to_bfloat16(const float* x, int64_t count, uint16_t* to, int64_t padded) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i < count; i += 16) {
+    const __m256bh v = _mm512_cvtneps_pbh((__m512)part(x + i, count - i));
+    _mm512_mask_cvtepi32_storeu_epi16(to + i, first(padded - i), _mm512_cvtepu16_epi32((__m256i)v));
+  }
+#endif
+  for (; i < count; ++i) to[i] = to_bfloat16(x[i]);
+  for (; i < padded; ++i) to[i] = 0;
 }
 
-void convert(const Step& s, const float* from, size_t row_size, size_t rows, const Converted& to, size_t first, size_t count) {
+// The block's inputs side by side: as they are, or copied to `room`, which is a vector longer than they are.
+const float* gathered(const Step& s, const float* x, int64_t count, float* room) {
+  if (s.step == 1 && s.run >= count) return x;
+  float* to = room;
+  for (int64_t left = count; left; x += s.jump) {
+    const int64_t run = std::min(s.run, left);
+#if defined(__AVX512F__)
+    if (s.step == 1)
+      for (int64_t i = 0; i < run; i += 16) store(to + i, part(x + i, run - i));
+    else
+#endif
+      for (int64_t i = 0; i < run; ++i) to[i] = x[i * s.step];
+    to += run;
+    left -= run;
+  }
+  return room;
+}
+
+void convert(const Step& s, const float* from, size_t row_size, const Converted& to, size_t first, size_t count) {
+  static thread_local std::unique_ptr<float[]> room;
+  static thread_local size_t held = 0;
   const int64_t units = Chain::units(s);
+  float* side_by_side = at_least(room, held, s.q + LANES);
   for (size_t task = first; task < first + count; ++task) {  // (row, block)
     const size_t row = task / s.k, b = task % s.k;
-    if (row >= rows) return;
-    const float* x = from + row * row_size + s.first + b * s.block;
     const int64_t valid = Chain::block_rows(s, b);
+    const float* x = gathered(s, from + row * row_size + s.first + b * s.block, valid, side_by_side);
     uint32_t* made = to.units + task * units;
     if (s.format == INT8) {
-      to_uint8(x, valid, s.step, (uint8_t*)made, units * 4, to.scale[task], to.zero[task]);
-    } else {
-      uint16_t* halves = (uint16_t*)made;
-      for (int64_t i = 0; i < valid; ++i) halves[i] = to_bfloat16(x[i * s.step]);
-      for (int64_t i = valid; i < units * 2; ++i) halves[i] = 0;
-    }
+      const Range range = to_uint8(x, valid, (uint8_t*)made, units * 4);
+      to.scale[task] = range.scale;
+      to.zero[task] = range.zero;
+    } else
+      all_to_bfloat16(x, valid, (uint16_t*)made, units * 2);
   }
 }
 
@@ -98,31 +149,41 @@ struct Panel {
 
   template <class F, int R, int V> void rows(int64_t b, int64_t column, size_t row) const {
     const int64_t units = Chain::units(s), all_columns = Chain::columns(s);
+    const int64_t wanted = std::min(s.width - (b * s.p + column), s.p - column);
+    for (int r = 0; r < R; ++r)  // lines that are written at the end come into the cache meanwhile
+      for (int v = 0; v < V && v * LANES < wanted; ++v) __builtin_prefetch(to + (row + r) * to_size + s.at + b * s.p + column + v * LANES, 1, 3);
     typename F::Sum sums[R][V];
     const auto* w = chain.at<typename F::Weight>(s.weights + b * Chain::block_bytes(s)) + column * units * F::ROWS_A_UNIT;
     if constexpr (F::ROWS_A_UNIT == 1) {
-      tile<F, R, V>(from + row * from_size + s.first + b * s.block, from_size, s.step, w, Chain::block_rows(s, b), sums);
+      const Places at{from_size, (size_t)s.run, (size_t)s.jump, (size_t)s.step};
+      tile<F, R, V>(from + row * from_size + s.first + b * s.block, at, w, Chain::block_rows(s, b), sums);
     } else {
-      tile<F, R, V>(converted.units + (row * s.k + b) * units, s.k * units, 1, w, units, sums);
+      const Places at{(size_t)(s.k * units), (size_t)units, 0, 1};
+      tile<F, R, V>(converted.units + (row * s.k + b) * units, at, w, units, sums);
     }
     const float* scales = chain.at<float>(s.scales) + b * all_columns + column;
     const int32_t* totals = chain.at<int32_t>(s.scales) + (s.k + b) * all_columns + column;
     const float* bias = s.bias ? chain.at<float>(s.bias) + b * s.p + column : nullptr;
-    const int64_t wanted = std::min(s.width - (b * s.p + column), s.p - column);
-    for (int r = 0; r < R; ++r) {
-      float* y = to + (row + r) * to_size + s.at + b * s.p + column;
-      for (int v = 0; v < V && v * LANES < wanted; ++v) {
+    const bool simple = !bias && s.activation == NONE;
+    for (int v = 0; v < V && v * LANES < wanted; ++v) {
+      const int64_t count = std::min<int64_t>(LANES, wanted - v * LANES);
+      const Floats scale = F::SCALED ? load<Floats>(scales + v * LANES) : all(1.0f);
+      const Words total = F::SHIFTED ? load<Words>(totals + v * LANES) : Words{};
+      for (int r = 0; r < R; ++r) {
         Floats value;
-        if constexpr (std::is_same_v<F, Int8>) {
+        if constexpr (F::SHIFTED) {  // zero times the column's sum comes off, in numbers that may wrap
           const size_t task = (row + r) * s.k + b;
-          const Words shift = load<Words>(totals + v * LANES) * (uint32_t)converted.zero[task];  // wraps, as int32 may not
-          value = floats((Ints)((Words)sums[r][v] - shift)) * load<Floats>(scales + v * LANES) * converted.scale[task];
-        } else if constexpr (std::is_same_v<F, Weight8>) {
-          value = sums[r][v] * load<Floats>(scales + v * LANES);
+          value = floats((Ints)((Words)sums[r][v] - total * (uint32_t)converted.zero[task])) * (scale * converted.scale[task]);
+        } else if constexpr (F::SCALED) {
+          value = sums[r][v] * scale;
         } else {
           value = sums[r][v];
         }
-        put(y + v * LANES, bias ? bias + v * LANES : nullptr, value, std::min<int64_t>(LANES, wanted - v * LANES));
+        float* y = to + (row + r) * to_size + s.at + b * s.p + column + v * LANES;
+        if (simple && count == LANES)
+          store(y, value);
+        else
+          put(y, bias ? bias + v * LANES : nullptr, value, count);
       }
     }
   }
@@ -182,18 +243,18 @@ class Run {
     for (int64_t i = 0; i < chain_.head.steps; ++i)
       if (chain_.steps[i].kind == PRODUCT) weights += chain_.steps[i].k * Chain::block_bytes(chain_.steps[i]);
     const size_t most = 96, least = 2 * ROWS;  // rows of which a scratch stays in the cache
-    size_t tile = std::clamp<size_t>((size_t(1) << 16) / std::max<int64_t>(chain_.head.scratch, 1) / ROWS * ROWS, least, most);
+    size_t tile = std::clamp<size_t>((size_t(1) << 17) / std::max<int64_t>(chain_.head.scratch, 1) / ROWS * ROWS, least, most);
     const bool small = weights * (int64_t)rows_ < (1 << 16);  // waking a thread takes longer
     const bool by_columns = threads.count > 1 && (rows_ < least * threads.count || (weights > SHARED && rows_ <= 4 * most));
     if (!small && by_columns) return columns(threads, own);
-    const size_t share = (rows_ + threads.count - 1) / threads.count;
-    if (!small) tile = std::clamp<size_t>(round_up(share, ROWS), ROWS, tile);
+    size_t tiles = round_up((rows_ + tile - 1) / tile, small ? 1 : threads.count);  // of like size, as many for each thread
+    tile = round_up((rows_ + tiles - 1) / tiles, ROWS);
+    tiles = (rows_ + tile - 1) / tile;
     auto body = [&](size_t i) {
       static thread_local Workspace mine;
       const size_t first = i * tile, count = std::min(tile, rows_ - first);
       through(first, count, mine);
     };
-    const size_t tiles = (rows_ + tile - 1) / tile;
     if (small)
       for (size_t i = 0; i < tiles; ++i) body(i);
     else
@@ -201,7 +262,7 @@ class Run {
   }
 
  private:
-  static constexpr int64_t SHARED = 1 << 20;  // bytes of weights beyond which each thread had better read its own
+  static constexpr int64_t SHARED = 1 << 22;  // bytes of weights beyond which each thread had better read its own
   const Chain& chain_;
   const float* x_;
   float* y_;
@@ -233,7 +294,7 @@ class Run {
       }
       const Converted converted = mine.converted(s, count);
       const Panel made = panel(s, first, scratch, converted);
-      if (Chain::converts(s)) convert(s, made.from, made.from_size, count, converted, 0, count * s.k);
+      if (Chain::converts(s)) convert(s, made.from, made.from_size, converted, 0, count * s.k);
       for (int64_t task = 0; task < panels(s); ++task) made(task, 0, count);
     }
   }
@@ -250,7 +311,10 @@ class Run {
       const Panel made = panel(s, 0, scratch, converted);
       if (Chain::converts(s)) {
         const size_t tasks = rows_ * s.k, share = (tasks + threads.count - 1) / threads.count;
-        auto part = [&](size_t t) { convert(s, made.from, made.from_size, rows_, converted, t * share, std::min(share, tasks - std::min(tasks, t * share))); };
+        auto part = [&](size_t t) {
+          const size_t begin = std::min(tasks, t * share);
+          convert(s, made.from, made.from_size, converted, begin, std::min(share, tasks - begin));
+        };
         threads.each(threads.count, part);
       }
       const int64_t tasks = panels(s), parts = std::min<int64_t>(tasks, threads.count * 4), share = (tasks + parts - 1) / parts;
@@ -286,6 +350,8 @@ class Run {
 
 }  // namespace
 
-void run(const Chain& chain, const float* x, float* y, size_t rows, const Threads& threads) { Run(chain, x, y, rows)(threads); }
+void run(const Chain& chain, const float* x, float* y, size_t rows, const Threads& threads) {
+  if (rows) Run(chain, x, y, rows)(threads);
+}
 
 }  // namespace structured

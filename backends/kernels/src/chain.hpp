@@ -1,7 +1,8 @@
 // A chain of block-diagonal products, run from one packed tensor that describes itself: header, steps, weights.
 //
 // A row of the program is x (n), y (m) and a scratch; a step reads one of them and writes another:
-//   product   to[at + b p + j] (+)= scale[b, j] sum_i from[first + b block + i step] w[b, i, j], rows at and beyond `valid` being zero
+//   product   to[at + b p + j] = scale[b, j] sum_i from[first + b block + (i / run) jump + (i % run) step] w[b, i, j]; rows b q + i at and
+//             beyond `valid` are zero
 //   copy      to[pairs[2 i + 1]] = from[pairs[2 i]], zero where the first is negative
 //   finish    y[at + j] = activation(y[at + j] + bias[j])
 // Few rows: each step is cut by columns, so that threads share the weights. Many: each thread takes its own rows through all steps.
@@ -19,10 +20,10 @@ enum Area : int64_t { X, Y, SCRATCH };
 
 struct Step {  // 24 numbers of 8 bytes; offsets in bytes from the tensor's start, 0 where there is nothing
   int64_t kind, from, to, at, width;
-  int64_t first, block, step, valid;
+  int64_t first, block, run, jump, step, valid;
   int64_t k, q, p, format;
   int64_t weights, scales, bias, activation, pairs;
-  int64_t spare[6];
+  int64_t spare[4];
 };
 struct Header {
   int64_t magic, bytes, lanes, panel, n, m, scratch, steps;
@@ -57,6 +58,11 @@ struct Chain {
   static int64_t columns(const Step& s) { return round_up(s.p, LANES); }
   static int64_t block_bytes(const Step& s) { return units(s) * rows_a_unit(s.format) * columns(s) * bytes_a_row(s.format); }
   static bool converts(const Step& s) { return s.format == BFLOAT16 || s.format == INT8; }
+  // Of the block's first `rows` inputs, from the block's own first: the place beyond the last.
+  static int64_t reach(const Step& s, int64_t rows) {
+    const int64_t runs = rows / s.run, rest = rows % s.run;
+    return std::max(runs ? (runs - 1) * s.jump + (s.run - 1) * s.step + 1 : 0, rest ? runs * s.jump + (rest - 1) * s.step + 1 : 0);
+  }
   static int64_t block_rows(const Step& s, int64_t b) { return std::clamp<int64_t>(s.valid - b * s.q, 0, s.q); }
 
   // What is wrong with the tensor, or nothing. It is ours, but a kernel must not read beyond what it was given.
@@ -76,7 +82,7 @@ struct Chain {
 
   bool fits(const Step& s) const {
     constexpr int64_t MOST = int64_t(1) << 31;
-    for (int64_t number : {s.at, s.width, s.first, s.block, s.step, s.valid, s.k, s.q, s.p})
+    for (int64_t number : {s.at, s.width, s.first, s.block, s.run, s.jump, s.step, s.valid, s.k, s.q, s.p})
       if (number < 0 || number > MOST) return false;
     if (s.from < X || s.from > SCRATCH || s.to < Y || s.to > SCRATCH) return false;
     if (s.kind == FINISH) return s.to == Y && s.at + s.width <= head.m && (!s.bias || holds(s.bias, s.width * 4));
@@ -87,10 +93,10 @@ struct Chain {
         if (pairs[2 * i] >= size(s.from) || pairs[2 * i + 1] < 0 || pairs[2 * i + 1] >= size(s.to)) return false;
       return true;
     }
-    if (s.kind != PRODUCT || s.k < 1 || s.q < 1 || s.p < 1 || s.width > s.k * s.p || s.at + s.width > size(s.to)) return false;
+    if (s.kind != PRODUCT || s.k < 1 || s.q < 1 || s.p < 1 || s.run < 1 || s.width > s.k * s.p || s.at + s.width > size(s.to)) return false;
     if (s.format < FLOAT32 || s.format > INT8 || (s.format == INT8 && s.q > MOST_INT8)) return false;
     for (int64_t b = 0; b < s.k; ++b)
-      if (int64_t rows = block_rows(s, b); rows && s.first + b * s.block + (rows - 1) * s.step >= size(s.from)) return false;
+      if (int64_t rows = block_rows(s, b); rows && s.first + b * s.block + reach(s, rows) > size(s.from)) return false;
     if (s.k > MOST / s.q / s.p || !holds(s.weights, s.k * block_bytes(s))) return false;
     const int64_t scaled = s.format == INT8 ? 2 : s.format == WEIGHT8 ? 1 : 0;  // scales, then the columns' sums
     return holds(s.scales, scaled * s.k * columns(s) * 4) && (!s.bias || holds(s.bias, s.width * 4));

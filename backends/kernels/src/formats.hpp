@@ -9,6 +9,7 @@ namespace structured {
 enum Format : int64_t { FLOAT32, BFLOAT16, WEIGHT8, INT8 };
 
 struct Float32 {  // y = x w
+  static constexpr bool SCALED = false, SHIFTED = false;
   static constexpr int ROWS_A_UNIT = 1;
   using Input = float;
   using Weight = float;
@@ -19,6 +20,7 @@ struct Float32 {  // y = x w
 };
 
 struct Weight8 {  // int8 weights, float arithmetic
+  static constexpr bool SCALED = true, SHIFTED = false;
   static constexpr int ROWS_A_UNIT = 1;
   using Input = float;
   using Weight = int8_t;
@@ -38,6 +40,7 @@ struct Weight8 {  // int8 weights, float arithmetic
 };
 
 struct Bfloat16 {  // two rows a unit, sums in float
+  static constexpr bool SCALED = false, SHIFTED = false;
   static constexpr int ROWS_A_UNIT = 2;
   using Input = uint32_t;
   using Weight = uint16_t;
@@ -60,6 +63,7 @@ struct Bfloat16 {  // two rows a unit, sums in float
 };
 
 struct Int8 {  // four rows a unit: uint8 inputs times int8 weights, sums in int32, exact
+  static constexpr bool SCALED = true, SHIFTED = true;  // sums times a scale; inputs count from their row's zero
   static constexpr int ROWS_A_UNIT = 4;
   using Input = uint32_t;
   using Weight = int8_t;
@@ -86,23 +90,40 @@ inline uint16_t to_bfloat16(float x) {  // to the nearest, ties to even; a NaN s
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// sums[r][v] = sum over units u of x[r * rows + u * step] w[u], for R rows and V vectors of columns.
+// Where a row of a tile finds unit u: at (u / run) * jump + (u % run) * step.
+struct Places {
+  size_t rows;  // from one row to the next
+  size_t run, jump, step;
+};
+
+// sums[r][v] = sum over units u of x[r * rows + place(u)] w[u], for R rows and V vectors of columns; what comes after w is fetched ahead.
 template <class F, int R, int V>
-inline void tile(const typename F::Input* x, size_t rows, size_t step, const typename F::Weight* w, size_t units, typename F::Sum (&sums)[R][V]) {
+inline void tile(const typename F::Input* x, const Places& at, const typename F::Weight* w, size_t units, typename F::Sum (&sums)[R][V]) {
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r][v] = typename F::Sum{};
-  for (size_t u = 0; u < units; ++u) {
-    decltype(F::weights(w)) columns[V];
+  const typename F::Weight* next = w + units * V * F::WEIGHTS;
+  for (size_t left = units; left;) {
+    const size_t count = at.run < left ? at.run : left;
+    const typename F::Input* from = x;
+    for (size_t u = 0; u < count; ++u) {
+      decltype(F::weights(w)) columns[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) columns[v] = F::weights(w + v * F::WEIGHTS);
+      for (int v = 0; v < V; ++v) {
+        columns[v] = F::weights(w + v * F::WEIGHTS);
+        if (R == ROWS) __builtin_prefetch(next + v * F::WEIGHTS, 0, 2);
+      }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const auto value = x[r * rows];
+      for (int r = 0; r < R; ++r) {
+        const auto value = from[r * at.rows];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) F::add(sums[r][v], value, columns[v]);
+        for (int v = 0; v < V; ++v) F::add(sums[r][v], value, columns[v]);
+      }
+      from += at.step;
+      w += V * F::WEIGHTS;
+      next += V * F::WEIGHTS;
     }
-    x += step;
-    w += V * F::WEIGHTS;
+    x += at.jump;
+    left -= count;
   }
 }
 

@@ -12,6 +12,22 @@ static void openmp(void*, void (*task)(void*, size_t), size_t count, void* data)
   for (size_t i = 0; i < count; ++i) task(data, i);
 }
 
+template <class F> static int64_t peak(int64_t repeats) {
+  constexpr size_t UNITS = 64;
+  alignas(64) static const typename F::Weight weights[UNITS * VECTORS * F::WEIGHTS] = {};
+  static const typename F::Input inputs[UNITS * ROWS] = {};
+  typename F::Sum total{};
+  for (int64_t i = 0; i < repeats; ++i) {
+    typename F::Sum sums[ROWS][VECTORS];
+    tile<F, ROWS, VECTORS>(inputs, Places{UNITS, UNITS, 0, 1}, weights, UNITS, sums);
+    for (auto& row : sums)
+      for (auto& sum : row) total += sum;
+  }
+  volatile auto seen = total[0];
+  (void)seen;
+  return repeats * UNITS * ROWS * PANEL * F::ROWS_A_UNIT;
+}
+
 extern "C" {
 
 void structured_layout(int64_t* lanes, int64_t* panel) {
@@ -35,23 +51,10 @@ void structured_run(const void* packed, const float* x, float* y, int64_t rows, 
 
 // The multiply-adds of `repeats` tiles whose weights stay in the first cache: what the arithmetic allows at most.
 int64_t structured_peak(int64_t format, int64_t repeats) {
-  alignas(64) static const float weights[64 * PANEL] = {};
-  static const float inputs[64 * ROWS] = {};
-  volatile float seen = 0.0f;
-  for (int64_t i = 0; i < repeats; ++i) {
-    if (format == INT8) {
-      Ints sums[ROWS][VECTORS];
-      tile<Int8, ROWS, VECTORS>((const uint32_t*)inputs, 64, 1, (const int8_t*)weights, 64, sums);
-      seen = seen + (float)sums[i % ROWS][0][0];
-    } else {
-      Floats sums[ROWS][VECTORS];
-      if (format == BFLOAT16)
-        tile<Bfloat16, ROWS, VECTORS>((const uint32_t*)inputs, 64, 1, (const uint16_t*)weights, 64, sums);
-      else
-        tile<Float32, ROWS, VECTORS>(inputs, 64, 1, weights, 64, sums);
-      seen = seen + sums[i % ROWS][0][0];
-    }
+  switch (format) {
+    case BFLOAT16: return peak<Bfloat16>(repeats);
+    case INT8: return peak<Int8>(repeats);
+    default: return peak<Float32>(repeats);
   }
-  return repeats * 64 * ROWS * PANEL * rows_a_unit(format);
 }
 }
