@@ -42,6 +42,9 @@ class EagerOps:
         spread = values.new_zeros(len(places), m, columns).scatter(1, places, values.view(places.shape))
         return spread.flatten(0, 1)
 
+    def scaled(self, values: Tensor, scales: Tensor) -> Tensor:
+        return values * scales
+
     def shuffle(self, x: Tensor, k: int) -> Tensor:
         rows: Tensor = x.unflatten(-1, (k, -1))
         return rows.transpose(-1, -2).flatten(-2)

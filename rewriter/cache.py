@@ -19,7 +19,14 @@ from rewriter.operator import AbstractMatrix, AbstractOperator, flatten, unflatt
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-EMITTING = ("passes/structures/*.py", "backends/*.py", "backends/fx/*.py", "backends/onnx/*.py")
+EMITTING = (
+    "passes/structures/*.py",
+    "backends/*.py",
+    "backends/fx/*.py",
+    "backends/onnx/*.py",
+    "backends/kernels/*.py",
+    "backends/kernels/src/*",
+)
 FITTING = ("*.py", "passes/*.py", "passes/solvers/**/*.py", "passes/structures/*.py")
 VERSION = "1"  # of the entries' format: raise it when that changes
 

@@ -44,8 +44,8 @@ def transform(
     include: o.Include = None, exclude: o.Exclude = None, budget: o.Budget = None, objective: o.Objective = None,
     max_error: o.MaxError = None, precision: o.Precision = None, metric: o.Metric = None, tokens: o.Tokens = Options.tokens,
     report: o.Report = None, seed: o.Seed = Options.seed, threads: o.Threads = Options.threads, cache: o.Cache = None,
-    provider: o.Provider = Options.provider, timing: o.Timing = True, flatten: o.Flatten = False, allow_noop: o.AllowNoop = False,
-    force: o.Force = False, quiet: o.Quiet = False, debug: o.Debug = False,
+    provider: o.Provider = Options.provider, kernels: o.Kernels = False, timing: o.Timing = True, flatten: o.Flatten = False,
+    allow_noop: o.AllowNoop = False, force: o.Force = False, quiet: o.Quiet = False, debug: o.Debug = False,
 ) -> None:  # fmt: skip
     options = _options(context.params)
     planning = context.command.name == "plan"
@@ -80,8 +80,8 @@ def verify(
 def bench(
     context: typer.Context, a: o.A, b: o.B, target: o.Target = None, inputs: o.Inputs = None,
     dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None, trust_pickle: o.TrustPickle = False, tokens: o.Tokens = Options.tokens,
-    opset: o.Opset = Options.opset, threads: o.Threads = Options.threads, provider: o.Provider = Options.provider, quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    opset: o.Opset = Options.opset, threads: o.Threads = Options.threads, provider: o.Provider = Options.provider,
+    kernels: o.Kernels = False, quiet: o.Quiet = False, debug: o.Debug = False,
 ) -> None:  # fmt: skip
     """Latency of A, A in int8 and B, interleaved in one process."""
     options = _options(context.params)

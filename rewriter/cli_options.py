@@ -79,6 +79,9 @@ Seed = Annotated[int, _option(RUNNING, "--seed", "N", "same seed, same bytes", d
 Threads = Annotated[int, _option(RUNNING, "--threads", "N", "threads of every timed run", default=True)]
 Cache = Annotated[str | None, _option(RUNNING, "--cache", "DIR", "where fits are kept  [default: $REWRITER_CACHE, else the user's cache]")]
 Provider = Annotated[str, _option(RUNNING, "--provider", "EP", "ONNX Runtime execution provider", default=True)]
+Kernels = Annotated[
+    bool, _option(RUNNING, "--kernels", None, "time and choose as layers run in compiled kernels, under rewriter.inference_session")
+]
 Timing = Annotated[bool, _option(RUNNING, "--timing/--no-timing", None, "measure the whole model's latency  [default: timing]")]
 Flatten = Annotated[bool, _option(RUNNING, "--flatten", None, "inline ONNX functions, for runtimes without them")]
 AllowNoop = Annotated[bool, _option(RUNNING, "--allow-noop", None, "write the model even where nothing was rewritten")]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -46,7 +47,7 @@ class CostOps:
 
     def const(self, tensor: Tensor) -> Width:
         self.nbytes += tensor.numel() * tensor.element_size()
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.dtype == torch.int8:
             self.params += tensor.numel()
         return Width(tuple(tensor.shape))
 
@@ -66,6 +67,11 @@ class CostOps:
         rows, columns = values.shape
         assert rows % n == 0 and columns % positions.features == 0, f"scatter of {values.shape} by {n}:{m} at {positions.shape}"
         return Width((rows // n * m, columns))
+
+    def scaled(self, values: Width, scales: Width) -> Width:
+        *blocks, _, p = values.shape
+        assert scales.shape == (*blocks, 1, p), f"scaled {values.shape} by {scales.shape}"
+        return Width(values.shape)
 
     def shuffle(self, x: Width, k: int) -> Width:
         assert x.features % k == 0, f"shuffle of {x.features} features by {k}"

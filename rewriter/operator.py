@@ -93,7 +93,7 @@ class AbstractMatrix(AbstractOperator):
         return count(lambda ops, x: self.product(ops, x), self.shape[1], tokens)
 
 
-INDICES = {"int64": torch.int64, "uint8": torch.uint8}  # the types of tensors that are no weights
+INDICES = {"int64": torch.int64, "uint8": torch.uint8, "int8": torch.int8}  # the types of tensors that are no floats
 Dims = tuple[str | int, ...]  # a name is a size that varies, such as "batch" and "time"
 
 

@@ -38,6 +38,13 @@ class Ops(Protocol[V]):
         """
         ...
 
+    def scaled(self, values: V, scales: V) -> V:
+        """const int8 (..., q, p), const (..., 1, p) -> the weight values * scales, for matmul and block_matmul to take.
+
+        A target may multiply integers: it then rounds inputs to 8 bits at each call, which its error shows.
+        """
+        ...
+
     def shuffle(self, x: V, k: int) -> V:
         """(..., k*m) -> (..., m*k): the stride permutation, out[j*k + i] = x[i*m + j]."""
         ...

@@ -42,6 +42,7 @@ class Options:
     threads: int = 1
     cache: str | None = None
     provider: str = "CPUExecutionProvider"
+    kernels: bool = False  # time and choose as compiled kernels run
     flatten: bool = False
     allow_noop: bool = False
     trust_pickle: bool = False

@@ -228,7 +228,9 @@ def _target(options: Options, source: Any, out: str | None) -> Target:
         name = {".onnx": "onnxruntime", ".pt2": "torch"}.get(suffix) or ("onnxruntime" if source.graph.format == "onnx" else "torch")
     if name not in registry.targets():
         raise RewriteError(f"--target {name} is unknown; give one of {', '.join(registry.targets())}")
-    target: Target = registry.targets()[name](options.provider)
+    if options.kernels and name != "onnxruntime":
+        raise RewriteError(f"--kernels is for --target onnxruntime, not {name}; leave it out, or give that target")
+    target: Target = registry.targets()[name](options.provider, options.kernels)
     if source.graph.format not in target.accepts:
         raise RewriteError(f"--target {name} needs a torch model, this one is ONNX; give --target onnxruntime or onnx")
     return target

@@ -27,6 +27,7 @@ def _import_folder(package: str) -> list[Any]:
 def load_structures() -> None:
     """Import every structure: the core's atoms, passes/structures/, and installed plug-ins."""
     importlib.import_module("rewriter.algebra")
+    importlib.import_module("rewriter.quantised")
     _import_folder("rewriter.passes.structures")
     load_plugins()
 
@@ -73,11 +74,12 @@ def detectors() -> list[Any]:
 def targets() -> dict[str, Any]:
     """Every target by name; the runtimes are imported when one is used."""
     modules = {"torch": "fx.target:TorchTarget", "onnx": "onnx.target:OnnxTarget", "onnxruntime": "onnx.target:OnnxRuntimeTarget"}
-    return {name: functools.partial(_make, *where.split(":")) for name, where in modules.items()}
+    return {name: functools.partial(_make, where) for name, where in modules.items()}
 
 
-def _make(module: str, kind: str, provider: str = "CPUExecutionProvider") -> Any:
-    return getattr(importlib.import_module(f"rewriter.backends.{module}"), kind)(provider)
+def _make(where: str, provider: str = "CPUExecutionProvider", kernels: bool = False) -> Any:
+    module, kind = where.split(":")
+    return getattr(importlib.import_module(f"rewriter.backends.{module}"), kind)(provider, kernels)
 
 
 def parse_passes(text: str) -> list[Any]:

@@ -61,8 +61,8 @@ class TorchTarget:
     suffix = ".pt2"
     accepts = ("torch",)
 
-    def __init__(self, provider: str = "") -> None:
-        """Providers are ONNX Runtime's; torch runs on the CPU."""
+    def __init__(self, provider: str = "", kernels: bool = False) -> None:
+        """Providers and kernels are ONNX Runtime's; torch runs on the CPU."""
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         return dtype

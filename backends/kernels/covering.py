@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from rewriter.backends.kernels.pack import Layout, pack
 from rewriter.backends.kernels.plan import NotCovered, Plan, plan
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Names, store
-from rewriter.backends.onnx.opaque import SITE, is_opaque, spec_of
+from rewriter.backends.onnx.opaque import SITE, is_opaque, kind, spec_of
 from rewriter.operator import AbstractMatrix, skeleton, unflatten
 
 DOMAIN, OP = "structured.kernels", "Chain"
@@ -45,7 +46,7 @@ def _cover(node: ir.Node, model: ir.Model, names: Names, constants: Constants, l
         operator = _operator(node, constants)
         plan(operator)
     except NotCovered as left:
-        return Covered(site, node.op_type, str(left))
+        return Covered(site, named(node), str(left))
     end, fused = node.outputs[0], list[str]()
     bias, activation = None, ""
     if (found := bias_after(end, operator.shape[0], constants)) is not None:
@@ -54,7 +55,14 @@ def _cover(node: ir.Node, model: ir.Model, names: Names, constants: Constants, l
         (activation, end), fused = follows, [*fused, follows[0]]
     _replace(node, end, plan(operator, bias, activation), model, names, layout, threads)
     constants.forget()
-    return Covered(site, node.op_type, "", tuple(fused))
+    return Covered(site, named(node), "", tuple(fused))
+
+
+def named(node: ir.Node) -> str:
+    """The structure, that of a quantised one with its bits."""
+    spec, _ = spec_of(node)
+    fields = json.loads(spec)["fields"]
+    return f"{kind(fields['form'])} in 8 bits" if node.op_type == "Quantised" else node.op_type
 
 
 def _operator(node: ir.Node, constants: Constants) -> AbstractMatrix:

@@ -43,7 +43,9 @@ def _product(step: Product, areas: dict[int, Tensor], weights: str) -> None:
     read = (step.first + torch.arange(k)[:, None] * step.block + places).flatten()[: step.valid]
     source = areas[step.source].new_zeros(len(areas[X]), k * q)
     source[:, : step.valid] = areas[step.source][:, read]
-    made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), weights), _stored(step.weight, weights)).flatten(1)
+    weights = weights if step.scale is None else "int8"
+    weight = _stored(step.weight, weights) if step.scale is None else step.weight * step.scale[:, None]
+    made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), weights), weight).flatten(1)
     areas[step.target][:, step.at : step.at + step.width] = finished(step, made[:, : step.width])
 
 

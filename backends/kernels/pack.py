@@ -51,7 +51,7 @@ class _Bytes:
 
 
 def pack(plan: Plan, layout: Layout, weights: str = "float32") -> Tensor:
-    """uint8, one axis; `weights` is how they are stored and multiplied, one of FORMATS."""
+    """uint8, one axis; `weights` is how floats are stored and multiplied, one of FORMATS. What is integers already stays so."""
     head = (_HEADER + _STEP * len(plan.steps)) * 8
     data = _Bytes(head)
     steps = [_step(step, plan, data, layout, weights) for step in plan.steps]
@@ -69,22 +69,25 @@ def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layou
     if isinstance(step, Finish):
         return {"kind": 3, "target": Y, "width": plan.outputs, **last}
     k, q, p = step.weight.shape
-    packed, scales = packed_weight(step.weight, layout, weights)
+    weights = weights if step.scale is None else "int8"
+    packed, scales = packed_weight(step.weight, step.scale, layout, weights)
     places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid")}
     sizes = {"k": k, "q": q, "p": p, "format": FORMATS.index(weights)}
     return {"kind": 1, **places, **sizes, "weights": data.add(packed), "scales": data.add(*scales) if scales else 0, **last}
 
 
-def packed_weight(weight: Tensor, layout: Layout, weights: str) -> tuple[Tensor, list[Tensor]]:
+def packed_weight(weight: Tensor, scale: Tensor | None, layout: Layout, weights: str) -> tuple[Tensor, list[Tensor]]:
     """The panels of (k, q, p), and per block and column what the kernel multiplies sums with and takes off them."""
     _, q, p = weight.shape
     rows, columns = -(-q // _ROWS[weights]) * _ROWS[weights], -(-p // layout.lanes) * layout.lanes
-    wide = torch.nn.functional.pad(weight.detach().float(), (0, columns - p, 0, rows - q))
+    wide = torch.nn.functional.pad(weight.detach(), (0, columns - p, 0, rows - q))
+    if scale is None:
+        wide = wide.float()
     if weights == "float32":
         return _panels(wide, layout, 1), []
     if weights == "bfloat16":
         return _panels(wide.bfloat16(), layout, 2), []
-    integers, scale = rounded(wide)
+    integers, scale = rounded(wide) if scale is None else (wide, torch.nn.functional.pad(scale.float(), (0, columns - p)))
     if weights == "weight8":
         return _panels(integers, layout, 1), [scale]
     return _panels(integers, layout, 4), [scale, integers.sum(1, dtype=torch.int32)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from rewriter.operator import AbstractMatrix
 ZERO = -1  # the address of padding
 AREAS = X, Y, SCRATCH = 0, 1, 2
 ACTIVATIONS = ("", "relu", "gelu", "gelu-tanh", "silu")  # as the kernel numbers them
+MOST_ROWS = 65536  # of a block of 8 bits, whose sums are to fit in 32
 ALIGN = 16  # floats that scratch offsets are multiples of
 
 
@@ -31,6 +32,7 @@ class Product:
     """to[at + b*p + j] = sum_i from[first + b*block + i//run*jump + i%run*step] w[b, i, j]; rows beyond the `valid` of the k*q are zero."""
 
     weight: Tensor  # (k, q, p)
+    scale: Tensor | None  # (k, p) of a weight of integers, which are multiplied as such
     source: int  # area
     first: int
     block: int
@@ -80,6 +82,7 @@ class _Made:
     """A product whose output has addresses of its own; where they lie is settled when all are known."""
 
     weight: Tensor  # (k, q, p)
+    scale: Tensor | None  # (k, p)
     source: Tensor  # (k*q,) addresses
     start: int
     area: int = SCRATCH
@@ -89,6 +92,13 @@ class _Made:
     @property
     def columns(self) -> int:
         return self.weight.shape[0] * self.weight.shape[2]
+
+
+class Integers(NamedTuple):
+    """A weight of int8 with its scales."""
+
+    values: Tensor  # (..., q, p)
+    scale: Tensor  # (..., 1, p)
 
 
 @dataclass
@@ -101,13 +111,18 @@ class PlanOps:
     def const(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def matmul(self, x: Tensor, w: Tensor) -> Tensor:
-        return self.block_matmul(x, w[None])
+    def matmul(self, x: Tensor, w: Tensor | Integers) -> Tensor:
+        return self.block_matmul(x, w[None] if isinstance(w, Tensor) else Integers(w.values[None], w.scale[None]))
 
-    def block_matmul(self, x: Tensor, w: Tensor) -> Tensor:
+    def block_matmul(self, x: Tensor, w: Tensor | Integers) -> Tensor:
         start = self.inputs + sum(m.columns for m in self.made)
-        self.made.append(_Made(w, x, start))
+        self.made.append(_Made(w, None, x, start) if isinstance(w, Tensor) else _Made(w.values, w.scale.flatten(-2), x, start))
         return torch.arange(start, start + self.made[-1].columns)
+
+    def scaled(self, values: Tensor, scales: Tensor) -> Integers:
+        if values.shape[-2] > MOST_ROWS:
+            raise NotCovered(f"sums over {values.shape[-2]:,} products of 8 bits may not fit in 32")
+        return Integers(values, scales)
 
     def shuffle(self, x: Tensor, k: int) -> Tensor:
         return x.view(k, -1).T.reshape(-1)
@@ -167,6 +182,7 @@ def _order_columns(ops: PlanOps, y: Tensor) -> None:
         if order.equal(torch.arange(p).expand(k, p)):
             continue
         made.weight = made.weight.gather(2, order[:, None].expand_as(made.weight))
+        made.scale = None if made.scale is None else made.scale.gather(1, order)
         places = torch.arange(k)[:, None] * p + order.argsort(1)
         reader.source = reader.source.clone()
         reader.source[inside] = made.start + places.flatten()[reader.source[inside] - made.start]
@@ -206,21 +222,23 @@ def _product(made: _Made, ops: PlanOps, scratch: int) -> tuple[list[Copy], Produ
     """The product on its input as it lies, where that is regular; else on a copy."""
     k, q, _ = made.weight.shape
     areas, offsets = _located(ops, made.source)
-    whole = Product(made.weight, X, 0, 0, q, 0, 1, k * q, made.area, made.at, made.width)
+    whole = Product(made.weight, made.scale, X, 0, 0, q, 0, 1, k * q, made.area, made.at, made.width)
     valid = int((areas >= 0).sum())
     source = int(areas[0])
     if source in AREAS and (areas[:valid] == source).all():
         regular = _regular(offsets[:valid].tolist(), q)
         if regular is not None:
-            return [], replace(whole, source=source, first=int(offsets[0]), valid=valid, **regular), scratch
+            block, run, jump, step = regular
+            places = replace(whole, source=source, first=int(offsets[0]), block=block, run=run, jump=jump, step=step, valid=valid)
+            return [], places, scratch
     to = torch.arange(scratch, scratch + k * q)
     copies = _copies(areas, offsets, to, SCRATCH)
     copied = replace(whole, source=SCRATCH, first=scratch, block=q)
     return copies, copied, scratch + -(-k * q // ALIGN) * ALIGN
 
 
-def _regular(offsets: Sequence[int], q: int) -> dict[str, int] | None:
-    """How blocks of q read these places, if they do so regularly."""
+def _regular(offsets: Sequence[int], q: int) -> tuple[int, int, int, int] | None:
+    """Block, run, jump and step by which blocks of q read these places, if they do so regularly."""
     first, one = offsets[0], offsets[:q]
     step = one[1] - first if len(one) > 1 else 1
     run = next((i for i in range(1, len(one)) if one[i] - one[i - 1] != step), q)
@@ -229,7 +247,7 @@ def _regular(offsets: Sequence[int], q: int) -> dict[str, int] | None:
     if min(step, jump, block) < 0:
         return None
     rule = (first + i // q * block + i % q // run * jump + i % q % run * step for i in range(len(offsets)))
-    return {"block": block, "run": run, "jump": jump, "step": step} if all(a == b for a, b in zip(rule, offsets, strict=True)) else None
+    return (block, run, jump, step) if all(a == b for a, b in zip(rule, offsets, strict=True)) else None
 
 
 def _copies(areas: Tensor, offsets: Tensor, to: Tensor, target: int) -> list[Copy]:

@@ -21,6 +21,7 @@ from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import plan
 from rewriter.backends.onnx.run import CPU, Session, loadable
 from rewriter.backends.onnx.tensors import from_torch
+from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
 from rewriter.tolerances import EQUAL
 
@@ -44,6 +45,16 @@ def inference_session(path: str | Path, sess_options: Any = None, providers: Seq
     options.register_custom_ops_library(str(library.path))
     with loadable(model) as source:
         return ort.InferenceSession(source, options, providers=providers or [CPU])  # type: ignore[attr-defined]
+
+
+def open_covered(path: str | Path, threads: int, provider: str = CPU) -> Session:
+    """The model as a runner, covered layers in kernels; RewriteError where there are none."""
+    model, library = load_onnx(path), trusted()
+    if needs_widening(model):
+        widen(model)
+    cover(model, library.layout, threads)
+    with loadable(model) as source:
+        return Session(source, threads, provider=provider, library=str(library.path))
 
 
 def coverage(path: str | Path) -> list[Covered]:
@@ -78,16 +89,16 @@ def check(library: Kernels) -> None:
 
 
 def session_of(packed: torch.Tensor | Sequence[torch.Tensor], inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:
-    """A model of one Chain, (rows, inputs) "x" -> (rows, outputs) "y"; of several, each on the same x, the others "y1", "y2", ..."""
+    """A model of one Chain, (rows, inputs) "x" -> (rows, outputs) "y"; of several, the others from "x1" to "y1" and so on."""
     several = [packed] if isinstance(packed, torch.Tensor) else packed
-    x = ir.Value(name="x", shape=ir.Shape(["rows", inputs]), type=ir.TensorType(ir.DataType.FLOAT))
+    xs = [ir.val(f"x{i or ''}", ir.DataType.FLOAT, ["rows", inputs]) for i in range(len(several))]
     weights = [ir.Value(name=f"packed{i}", const_value=from_torch(p, f"packed{i}")) for i, p in enumerate(several)]
-    nodes = [ir.Node(DOMAIN, OP, [x, w], _options(threads, p), version=1) for w, p in zip(weights, several, strict=True)]
+    nodes = [ir.Node(DOMAIN, OP, [x, w], _options(threads, p), version=1) for x, w, p in zip(xs, weights, several, strict=True)]
     for i, node in enumerate(nodes):
         y = node.outputs[0]
-        y.name, y.shape, y.type = f"y{i or ''}", ir.Shape(["rows", outputs]), x.type
+        y.name, y.shape, y.type = f"y{i or ''}", ir.Shape(["rows", outputs]), xs[0].type
     made = [node.outputs[0] for node in nodes]
-    graph = ir.Graph([x], made, nodes=nodes, initializers=weights, opset_imports={"": 20, DOMAIN: 1}, name="chain")
+    graph = ir.Graph(xs, made, nodes=nodes, initializers=weights, opset_imports={"": 20, DOMAIN: 1}, name="chain")
     return Session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), threads, library=str(library.path))
 
 

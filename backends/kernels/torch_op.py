@@ -58,7 +58,7 @@ def with_kernels(graph: FxGraph) -> nn.Module:
 
 def _cover(module: GraphModule, node: Node, name: str, library: Kernels) -> None:
     x, factors, spec, outputs, _ = node.args
-    operator = unflatten(str(spec), [_stored(module, factor) for factor in factors])  # type: ignore[union-attr, misc]
+    operator = unflatten(str(spec), [_stored(module, factor) for factor in factors])  # type: ignore[union-attr]
     assert isinstance(operator, AbstractMatrix) and isinstance(x, Node)
     try:
         if x.meta["val"].dtype != torch.float32:

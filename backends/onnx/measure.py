@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from rewriter.algebra import Dense
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.opaque import matrix_skeleton, opaque
 from rewriter.backends.onnx.run import CPU, Session
@@ -26,11 +27,17 @@ MOST_COPIES = 32
 MANY_TOKENS_COPIES = 2
 SECONDS = 0.2  # for each form
 OPSET = 20  # unless the file's is given
+KERNEL = "kernel"  # a lowering to our own
 RUNTIME = f"onnxruntime {version('onnxruntime')}"
 
 
-def measure(forms: Sequence[AbstractOperator], tokens: int, threads: int, provider: str = CPU, contrib: bool = False) -> list[float]:
-    """Seconds per call of each form on `tokens` tokens, each in the lowering that is fastest there; all matrices or all maps."""
+def measure(
+    forms: Sequence[AbstractOperator], tokens: int, threads: int, provider: str = CPU, contrib: bool = False, kernels: bool = False
+) -> list[float]:
+    """Seconds per call of each form on `tokens` tokens, each in the lowering that is fastest there; all matrices or all maps.
+
+    `kernels`: what they cover runs in them, but for a dense weight, which is left to the runtime.
+    """
     known: dict[str, list[AbstractOperator]] = {}
     rank = 0 if isinstance(forms[0], AbstractMap) else 2
     for form in forms:
@@ -41,10 +48,29 @@ def measure(forms: Sequence[AbstractOperator], tokens: int, threads: int, provid
 
         choose = chooser((tokens,), threads, contrib)
         specs = list(known)
-        seconds = dict(zip(specs, time_bodies([(s, choose(s, rank)) for s in specs], rank, tokens, threads, provider), strict=True))
+        seconds = dict(
+            zip(
+                specs,
+                time_bodies([(s, KERNEL if kernels and _covers(s) else choose(s, rank)) for s in specs], rank, tokens, threads, provider),
+                strict=True,
+            )
+        )
         return [seconds[flatten(form)[1]] for form in forms]
 
-    return measured(len(forms), time, RUNTIME, provider, contrib, tokens, threads, *[flatten(form)[1] for form in forms])
+    return measured(len(forms), time, RUNTIME, provider, contrib, kernels, tokens, threads, *[flatten(form)[1] for form in forms])
+
+
+def _covers(spec: str) -> bool:
+    from rewriter.backends.kernels.plan import NotCovered, plan
+
+    form = _random(spec, 0)
+    if not isinstance(form, AbstractMatrix) or isinstance(form, Dense):
+        return False
+    try:
+        plan(form)
+    except NotCovered:
+        return False
+    return True
 
 
 def measure_lowerings(spec: str, rank: int, lowerings: Sequence[str], tokens: int, threads: int, opset: int = OPSET) -> list[float]:
@@ -60,14 +86,14 @@ def time_bodies(
     bodies: Sequence[tuple[str, str]], rank: int, tokens: int, threads: int, provider: str = CPU, opset: int = OPSET
 ) -> list[float]:
     """Seconds of (spec, lowering) pairs, interleaved; never stored."""
-    copies = [_copies(spec, tokens) for spec, _ in bodies]
+    copies = [copies_of(spec, tokens) for spec, _ in bodies]
     pairs = zip(bodies, copies, strict=True)
-    calls = [_call(spec, lowering, rank, tokens, threads, count, provider, opset) for (spec, lowering), count in pairs]
+    calls = [body_call(spec, lowering, rank, tokens, threads, count, provider, opset) for (spec, lowering), count in pairs]
     timing = interleave(calls, seconds=SECONDS)
     return [timing.seconds(i) / count for i, count in enumerate(copies)]
 
 
-def _copies(spec: str, tokens: int) -> int:
+def copies_of(spec: str, tokens: int) -> int:
     operator, leaves = skeleton(spec)
     if not leaves:
         return 1  # nothing that could be cold, and runtimes merge equal nodes
@@ -76,15 +102,25 @@ def _copies(spec: str, tokens: int) -> int:
     return max(MANY_TOKENS_COPIES, min(MOST_COPIES, -(-COLD_BYTES // max(operator.cost().nbytes, 1))))
 
 
-def _call(spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int, provider: str, opset: int) -> Callable[[], object]:
-    """A session over several copies with weights of their own, each reading the same x."""
+def body_call(
+    spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int, provider: str, opset: int
+) -> Callable[[], object]:
+    """A session over several copies with weights of their own; each matrix reads an x of its own, so that nothing done to x is shared."""
     forms = [_random(spec, seed) for seed in range(copies)]
-    model = stacked(forms, rank) if rank else stacked_maps(forms)
+    model = stacked(forms, rank, apart=True) if rank else stacked_maps(forms)
     model.graph.opset_imports[""] = opset
+    library = ""
+    if lowering == KERNEL:
+        from rewriter.backends.kernels.covering import cover
+        from rewriter.backends.kernels.session import trusted
+
+        cover(model, trusted().layout, threads)
+        library = str(trusted().path)
     attach(model, lambda _spec, _rank: lowering)
-    session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider)
+    session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider, library=library)
     if rank:
-        feeds = session.arrays({"x": torch.randn(*[1] * (rank - 2), *[tokens][: rank - 1], forms[0].shape[1])})
+        shape = (*[1] * (rank - 2), *[tokens][: rank - 1], forms[0].shape[1])
+        feeds = session.arrays({v.name or "": torch.randn(shape) for v in model.graph.inputs})
     else:
         feeds = session.arrays({name: x / 8 if x.is_floating_point() else x for name, x in examples(forms[0], tokens).items()})
     return lambda: session.session.run(None, feeds)
@@ -98,11 +134,11 @@ def examples(operator: AbstractMap, tokens: int, batch: int = 1) -> dict[str, to
     return {name: x > -1 if name in operator.booleans() else x for name, x in found.items()}
 
 
-def stacked(forms: Sequence[AbstractMatrix], rank: int) -> ir.Model:
-    """One x through each form, each image an output."""
+def stacked(forms: Sequence[AbstractMatrix], rank: int, apart: bool = False) -> ir.Model:
+    """One x through each form, or one for each, each image an output."""
     n, m = forms[0].shape[1], forms[0].shape[0]
     leading = [f"d{i}" for i in range(rank - 1)]
-    return _stacked(forms, rank, {"x": (*leading, n)}, {"y": (*leading, m)}, torch.float32)
+    return _stacked(forms, rank, {"x": (*leading, n)}, {"y": (*leading, m)}, torch.float32, apart)
 
 
 def stacked_maps(forms: Sequence[AbstractMap], dtype: torch.dtype = torch.float32) -> ir.Model:
@@ -115,11 +151,20 @@ def stacked_maps(forms: Sequence[AbstractMap], dtype: torch.dtype = torch.float3
 
 
 def _stacked(
-    forms: Sequence[AbstractOperator], rank: int, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], dtype: torch.dtype
+    forms: Sequence[AbstractOperator],
+    rank: int,
+    inputs: Mapping[str, Dims],
+    outputs: Mapping[str, Dims],
+    dtype: torch.dtype,
+    apart: bool = False,
 ) -> ir.Model:
-    given = [ir.val(name, onnx_dtype(dtype), list(dims)) for name, dims in inputs.items()]
-    graph = ir.Graph(given, [], nodes=[], opset_imports={"": OPSET}, name="measured")
+    """`apart`: from the second form on, inputs are x1, x2, ..."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="measured")
+    given: list[ir.Value] = []
     for i, form in enumerate(forms):
+        if apart or not given:
+            given = [ir.val(f"{name}{i or ''}", onnx_dtype(dtype), list(dims)) for name, dims in inputs.items()]
+            graph.inputs.extend(given)
         leaves, spec = flatten(form)
         factors = []
         for j, leaf in enumerate(leaves):
@@ -139,11 +184,15 @@ def _random(spec: str, seed: int) -> Any:
     rng = torch.Generator().manual_seed(seed)
     operator, leaves = skeleton(spec)
     indices = _indices(spec) if isinstance(operator, AbstractMatrix) else {}
-    filled = [
-        torch.randn(leaf.shape, generator=rng) if leaf.is_floating_point() else indices.get(i, torch.zeros(leaf.shape, dtype=leaf.dtype))
-        for i, leaf in enumerate(leaves)
-    ]
-    return unflatten(spec, filled)
+
+    def filled(i: int, leaf: torch.Tensor) -> torch.Tensor:
+        if leaf.is_floating_point():
+            return torch.randn(leaf.shape, generator=rng)
+        if leaf.dtype == torch.int8:
+            return torch.randint(-127, 128, leaf.shape, generator=rng, dtype=torch.int8)
+        return indices.get(i, torch.zeros(leaf.shape, dtype=leaf.dtype))
+
+    return unflatten(spec, [filled(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def _indices(spec: str) -> dict[int, torch.Tensor]:

@@ -31,6 +31,14 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Integers(NamedTuple):
+    """A factor of integers (..., q, p) with its scales (..., 1, p): inputs are rounded to 8 bits, each product's by a range of its own."""
+
+    value: ir.Value
+    scales: ir.Value
+    shape: tuple[int, ...]
+
+
 class OnnxOps:
     """Emits onto a tape, for an x of known rank."""
 
@@ -39,6 +47,7 @@ class OnnxOps:
         self.factors = factors  # by id of the operator's tensor
         self.lowering = lowering
         self.tape = Tape()
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}  # by what was rounded
 
     def _ints(self, *numbers: int) -> ir.Value:
         return self.tape.op("Constant", [], {"value_ints": list(numbers)})
@@ -52,35 +61,52 @@ class OnnxOps:
     def const(self, tensor: Tensor) -> Weight:
         return Weight(self.factors[id(tensor)], tuple(tensor.shape))
 
-    def matmul(self, x: Arranged, w: Weight) -> Arranged:
-        return self._plain(self.tape.op("MatMul", [self._settled(x), w.value]), w.shape[1])
+    def matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
+        return self._plain(self._product(self._settled(x), w), w.shape[1])
 
-    def block_matmul(self, x: Arranged, w: Weight) -> Arranged:
+    def block_matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
         k, _, p = w.shape
         if k == 1:
-            single = self.tape.op("Squeeze", [w.value, self._ints(0)])
-            return self._plain(self.tape.op("MatMul", [self._settled(x), single]), p)
+            return self._plain(self._product(self._settled(x), self._each(w)[0]), p)
         if not self.leading:
             return self._one_row(x, w)
         if self.lowering == "split" and k <= MANY_BLOCKS:
             return self._split(x, w)
         return self._batched(x, w)
 
-    def _one_row(self, x: Arranged, w: Weight) -> Arranged:
+    def _product(self, x: ir.Value, w: Weight | Integers) -> ir.Value:
+        """x times a weight of two axes, or of one more for a batch. Of integers in the spelling that ONNX Runtime makes one node."""
+        if isinstance(w, Weight):
+            return self.tape.op("MatMul", [x, w.value])
+        if x not in self._rounded:
+            made = self.tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
+            self._rounded[x] = made[0], made[1], made[2]
+        whole, scale, zero = self._rounded[x]
+        scales = self.tape.op("Squeeze", [w.scales, self._ints(0)]) if len(w.shape) == 2 else w.scales
+        sums = self.tape.op("Cast", [self.tape.op("MatMulInteger", [whole, w.value, zero])], {"to": ir.DataType.FLOAT.value})
+        return self.tape.op("Mul", [sums, self.tape.op("Mul", [scale, scales])])
+
+    def _each(self, w: Weight | Integers) -> list[Weight | Integers]:
+        """The blocks; the cut of a constant folds away."""
+        k, q, p = w.shape
+        fields = [w.value] if isinstance(w, Weight) else [w.value, w.scales]
+        cut = [self.tape.op_multi_out("Split", [f, self._ints(*[1] * k)], {"axis": 0}, num_outputs=k) if k > 1 else [f] for f in fields]
+        blocks = [[self.tape.op("Squeeze", [piece, self._ints(0)]) for piece in pieces] for pieces in cut]
+        return [Weight(b[0], (q, p)) if isinstance(w, Weight) else Integers(b[0], b[1], (q, p)) for b in zip(*blocks, strict=True)]
+
+    def _one_row(self, x: Arranged, w: Weight | Integers) -> Arranged:
         k, q, p = w.shape
         rows = self.tape.op("Reshape", [self._settled(x), self._ints(k, 1, q)])
-        return self._plain(self.tape.op("Reshape", [self.tape.op("MatMul", [rows, w.value]), self._ints(k * p)]), k * p)
+        return self._plain(self.tape.op("Reshape", [self._product(rows, w), self._ints(k * p)]), k * p)
 
-    def _split(self, x: Arranged, w: Weight) -> Arranged:
-        """One product for each block: 2-D weights, which runtimes pack ahead of time (the cut of a constant folds away)."""
+    def _split(self, x: Arranged, w: Weight | Integers) -> Arranged:
+        """One product for each block: 2-D weights, which runtimes pack ahead of time."""
         k, q, p = w.shape
         pieces = self.tape.op_multi_out("Split", [self._settled(x), self._ints(*[q] * k)], {"axis": -1}, num_outputs=k)
-        weights = self.tape.op_multi_out("Split", [w.value, self._ints(*[1] * k)], {"axis": 0}, num_outputs=k)
-        zero = self._ints(0)
-        products = [self.tape.op("MatMul", [a, self.tape.op("Squeeze", [b, zero])]) for a, b in zip(pieces, weights, strict=True)]
+        products = [self._product(a, b) for a, b in zip(pieces, self._each(w), strict=True)]
         return self._plain(self.tape.op("Concat", products, {"axis": -1}), k * p)
 
-    def _batched(self, x: Arranged, w: Weight) -> Arranged:
+    def _batched(self, x: Arranged, w: Weight | Integers) -> Arranged:
         """One product over a batch of blocks, the block axis before the last leading one."""
         k, _, p = w.shape
         x, blocks, within = split(self.tape, x, k)
@@ -88,11 +114,14 @@ class OnnxOps:
         before = tuple((axis,) for axis in outer)
         rows = arrange(self.tape, x, (*before, blocks, (last,), within))
         made = Axis(p)
-        product = self.tape.op("MatMul", [rows.value, w.value])
+        product = self._product(rows.value, w)
         return Arranged(product, (*before, blocks, (last,), (made,)), self.leading, (*blocks, made))
 
     def scatter(self, values: Weight, positions: Weight, n: int, m: int) -> Weight:
         return Weight(*scattered(self.tape, values, positions, n, m))
+
+    def scaled(self, values: Weight, scales: Weight) -> Integers:
+        return Integers(values.value, scales.value, values.shape)
 
     def shuffle(self, x: Arranged, k: int) -> Arranged:
         x, first, second = split(self.tape, x, k)

@@ -154,6 +154,9 @@ class SequenceOps:
     def scatter(self, values: Sized, positions: Sized, n: int, m: int) -> Sized:
         return Sized(*scattered(self.tape, values, positions, n, m))
 
+    def scaled(self, values: Sized, scales: Sized) -> Sized:
+        return Sized(self._op("Mul", self._op("CastLike", values.value, scales.value), scales.value), values.axes)
+
     def shuffle(self, x: Sized, k: int) -> Sized:
         features = x.axes[-1]
         assert features is not None

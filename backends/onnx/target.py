@@ -13,6 +13,7 @@ import torch
 
 from rewriter.backend import EmitOptions, Runner
 from rewriter.backends.files.onnx_file import load_onnx, save_onnx
+from rewriter.backends.kernels.session import open_covered, trusted
 from rewriter.backends.onnx.emit import finish
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.int8 import open_int8
@@ -36,9 +37,12 @@ class OnnxTarget:
     accepts = ("onnx", "torch")
     contrib = False  # whether com.microsoft operators may be used
 
-    def __init__(self, provider: str = CPU) -> None:
+    def __init__(self, provider: str = CPU, kernels: bool = False) -> None:
+        """`kernels`: what is timed and opened runs as under rewriter.inference_session; RewriteError where there are none."""
         check_provider(provider)
-        self.provider = provider
+        self.provider, self.kernels = provider, kernels
+        if kernels:
+            trusted()
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -59,6 +63,8 @@ class OnnxTarget:
                 raise RewriteError(f"--target onnx is portable and the model itself uses {name}; give --target onnxruntime")
 
     def open(self, path: Path, threads: int) -> Runner:
+        if self.kernels:
+            return open_covered(path, threads, self.provider)
         model = load_onnx(path)  # what the file says about itself and its data is checked before ONNX Runtime reads it
         if not needs_widening(model):
             return Session(str(path), threads, provider=self.provider)
@@ -70,7 +76,7 @@ class OnnxTarget:
         return open_int8(path, threads)
 
     def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
-        return measure(forms, tokens, threads, self.provider, self.contrib)
+        return measure(forms, tokens, threads, self.provider, self.contrib, self.kernels)
 
 
 class OnnxRuntimeTarget(OnnxTarget):

@@ -40,6 +40,7 @@ GIVEN = {
     "seed": (["--seed", "7"], 7),
     "threads": (["--threads", "2"], 2),
     "cache": (["--cache", "fits"], "fits"),
+    "kernels": (["--kernels"], True),
     "provider": (["--provider", "CUDAExecutionProvider"], "CUDAExecutionProvider"),
     "flatten": (["--flatten"], True),
     "allow_noop": (["--allow-noop"], True),

@@ -145,3 +145,50 @@ def test_a_spec_that_lies_about_its_weights_is_not_covered(rewritten: Path) -> N
     node.metadata_props[SPEC] = node.metadata_props[SPEC].replace('"shape":[4', '"shape":[2', 1)
     first, *others = cover(model, library.kernels().layout, 1)
     assert "its spec says" in first.reason and not any(c.reason for c in others)
+
+
+def test_a_run_may_time_and_choose_by_kernels(tmp_path: Path) -> None:
+    """Small layers that stock operators make slower: in kernels they pay, and what was opened ran in them."""
+    from rewriter.backends.onnx.target import OnnxRuntimeTarget
+
+    torch.manual_seed(0)
+    options = {"inputs": ["x:float32[batch,time,32]"], "target": "onnxruntime", "kernels": True, "tokens": "8"}
+    path = tmp_path / "m.onnx"
+    result = rewriter.rewrite(Block(), "monarch:blocks=4:rank=2", out=str(path), objective="params", force=True, **options)  # type: ignore[arg-type]
+    assert result.exit_code == 0 and result.report.latency[0].ratio is not None
+    runner = OnnxRuntimeTarget(kernels=True).open(path, 1)
+    x = torch.randn(2, 8, 32)
+    np.testing.assert_allclose(runner({"x": x})[result.graph.output_names()[0]].numpy(), result_of(path, x), RTOL, ATOL)  # type: ignore[union-attr]
+
+
+def result_of(path: Path, x: Tensor) -> np.ndarray:  # type: ignore[type-arg]
+    return ran(ort.InferenceSession(str(path)), x.numpy())  # type: ignore[attr-defined]
+
+
+def test_kernels_are_timed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rewriter.algebra import Dense
+    from rewriter.backends.onnx import measure
+    from rewriter.passes.structures.low_rank import LowRank
+
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
+    seen: list[str] = []
+    timed = measure.body_call
+    monkeypatch.setattr(measure, "body_call", lambda spec, lowering, *rest: seen.append(lowering) or timed(spec, lowering, *rest))
+    forms = [Dense(torch.randn(32, 32)), LowRank(torch.randn(32, 4), torch.randn(4, 32))]
+    assert len(measure.measure(forms, 4, 1, kernels=True)) == 2
+    assert seen == ["split", measure.KERNEL]
+
+
+@pytest.mark.parametrize("target", ["onnx", "torch"])
+def test_other_targets_have_no_kernels(target: str) -> None:
+    with pytest.raises(RewriteError, match=f"--kernels is for --target onnxruntime, not {target}"):
+        rewriter.plan(Block(), "low-rank", ["x:float32[batch,time,32]"], target=target, kernels=True)
+
+
+def test_without_kernels_an_explicit_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    session.trusted.cache_clear()
+    library.kernels.cache_clear()
+    monkeypatch.setenv("REWRITER_KERNELS", "off")
+    with pytest.raises(RewriteError, match="switched off"):
+        rewriter.plan(Block(), "low-rank", ["x:float32[batch,time,32]"], target="onnxruntime", kernels=True)
+    library.kernels.cache_clear()

@@ -17,7 +17,8 @@ from rewriter.registry import load_structures
 from tests.onnx.models import close
 
 load_structures()
-MATRICES = sorted(name for name, kind in AbstractOperator.kinds.items() if issubclass(kind, AbstractMatrix))
+# what is quantised is rounded on the way, and compared with the same rounding in test_quantised.py
+MATRICES = sorted(name for name, kind in AbstractOperator.kinds.items() if issubclass(kind, AbstractMatrix) and name != "Quantised")
 LEADING = {2: [(1,), (5,), (0,)], 3: [(1, 4), (2, 3), (2, 0)], 4: [(2, 1, 3)]}
 
 

@@ -20,6 +20,7 @@ from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.onnx import lowering, measure
 from rewriter.backends.onnx.emit import finish
 from rewriter.backends.onnx.graph import OnnxGraph
+from rewriter.backends.onnx.run import Session
 from rewriter.backends.onnx.target import OnnxRuntimeTarget, OnnxTarget
 from rewriter.errors import RewriteError
 from rewriter.graph import Place, Site, WeightRef
@@ -311,3 +312,9 @@ def test_a_model_of_a_higher_opset_keeps_it(tmp_path: Path) -> None:
     assert {o.domain: o.version for o in onnx.load(str(tmp_path / "m.onnx")).opset_import}[""] == 23
     x = torch.randn(1, 2, 6)
     close(OnnxTarget().open(tmp_path / "m.onnx", 1)({"x": x})["y"], expected(operator, x))
+
+
+def test_threads_sleep_between_runs() -> None:
+    """Sessions take turns when they are compared: one that spins after its run takes the next one's cores."""
+    session = Session(ir.to_proto(model(MLP, 18, MLP_WEIGHTS)).SerializeToString(), 2)
+    assert session.session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"

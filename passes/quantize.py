@@ -1,0 +1,102 @@
+"""`quantize`: weights in 8 bits with a scale for each column of each block, around whatever form a site has by then; dense ones too.
+
+On ONNX Runtime integers are multiplied, with inputs rounded at each call; a site keeps its floats where that is no faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from rewriter.algebra import Dense
+from rewriter.cost import Cost
+from rewriter.fit import keep, refusal, usable_weight
+from rewriter.graph import Graph, Site
+from rewriter.moments import Moments, isotropic
+from rewriter.operator import AbstractMatrix
+from rewriter.quantised import quantised
+from rewriter.rule import AbstractPass, Context, Decision
+
+SPELLING = "8 bits"
+
+
+@dataclass(frozen=True)
+class Quantize(AbstractPass):
+    """dense: whether sites that no pass rewrote are rounded as well."""
+
+    name: ClassVar[str] = "quantize"
+    summary: ClassVar[str] = "weights of linears in 8 bits, structured ones too, where that is faster, or smaller if size is the objective"
+    dense: bool = True
+
+    def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
+        decisions, open_sites = {s.id: context.decisions.get(s.id) or keep(s, "") for s in context.selected}, []
+        for site in context.selected:
+            refused = self._refused(site, decisions[site.id], context)
+            if refused is None:
+                open_sites.append(site)
+            else:
+                decisions[site.id] = replace(decisions[site.id], reason=refused)
+        for group in context.calibration.moments(open_sites):
+            for site, moments in context.progress.track(group, f"rounding to {SPELLING}", len(group)):
+                decisions[site.id] = _rounded(graph, context, decisions[site.id], moments)
+        yield from decisions.values()
+
+    def _refused(self, site: Site, earlier: Decision, context: Context) -> str | None:
+        """Why the site stays as it is; None where it may be rounded."""
+        if earlier.part_of or (earlier.rewritten and not isinstance(earlier.operator, AbstractMatrix)):
+            return earlier.reason
+        if not earlier.rewritten and (reason := refusal(site)):
+            return earlier.reason or reason
+        if not earlier.rewritten and not self.dense:
+            return _joined(earlier.reason, "no earlier pass rewrote this one, and quantize:dense=false leaves those")
+        assert site.dtype is not None
+        if context.target.stored(site.dtype) != torch.float32:
+            return _joined(earlier.reason, f"its weight is {str(site.dtype).removeprefix('torch.')}; 8 bits stand for float32 here")
+        return None
+
+
+def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moments | None) -> Decision:
+    site, weight = decision.site, usable_weight(graph, decision.site)
+    if isinstance(weight, str):
+        return keep(site, weight)
+    before = decision.operator if decision.rewritten else Dense(weight.T.contiguous())
+    assert isinstance(before, AbstractMatrix)
+    floats = before.to(torch.float32)
+    made = quantised(floats)
+    if made is None:
+        return replace(decision, reason=_joined(decision.reason, "no weight of it is multiplied: nothing to round"))
+    cost = _cost(site, made)
+    pays, figures = _weighed(context, floats, made, decision.after if decision.rewritten else decision.before, cost)
+    if not pays:
+        return replace(decision, reason=_joined(decision.reason, figures))
+    graph.splice(site, made, decision.shift)
+    error = (moments or isotropic(weight.shape[1])).error(weight, made.dense())
+    structure = f"{decision.structure} in {SPELLING}" if decision.structure else SPELLING
+    reason = _joined(decision.reason if decision.rewritten else "", figures)
+    return replace(decision, reason=reason, after=cost, operator=made, structure=structure, exact=False, error=error)
+
+
+def _weighed(context: Context, floats: AbstractMatrix, integers: AbstractMatrix, before: Cost, after: Cost) -> tuple[bool, str]:
+    """Whether 8 bits pay, with the numbers. What is no time is bytes: integers are as many numbers as floats."""
+    if context.objective != "ms":
+        pays = after.nbytes < before.nbytes
+        return pays, f"in {SPELLING}" if pays else f"8 bits do not pay: {after.nbytes:,} bytes against {before.nbytes:,}"
+    table = context.seconds([floats, integers])
+    slow, fast = (sum(column) for column in zip(*table, strict=True))
+    if fast >= slow:
+        at = ", ".join(map(str, context.tokens))
+        return False, f"8 bits do not pay: {1e3 * fast:.3f} ms against {1e3 * slow:.3f} ms in floats at T={at}"
+    return True, f"in {SPELLING}: " + ", ".join(f"{f / i:.1f}x floats at T={t}" for t, (f, i) in zip(context.tokens, table, strict=True))
+
+
+def _cost(site: Site, made: AbstractMatrix) -> Cost:
+    """Stored once, executed at each place."""
+    one = made.cost()
+    return Cost(one.params, one.flops * len(site.places), one.nbytes)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)

@@ -1,0 +1,136 @@
+"""Weights as integers of 8 bits around any operator: w[..., i, j] ~ scale[..., j] integer[..., i, j], a scale a column and block.
+
+The product is the operator's own, its weights read through `scaled`; so every structure has its quantised form, and every target one way
+to multiply integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rewriter.cost import CostOps, Width
+from rewriter.operator import AbstractMatrix, flatten, skeleton, unflatten
+from rewriter.ops import AnyOps
+
+LARGEST = 127  # integers are symmetric about zero
+
+
+@dataclass(frozen=True)
+class Quantised(AbstractMatrix):
+    """The operator of `form` with some of its tensors rounded; `places` says where each of those stands among its leaves."""
+
+    form: str  # a spec, see rewriter.operator.flatten
+    places: tuple[int, ...]
+    values: tuple[Tensor, ...]  # (..., q, p) int8
+    scales: tuple[Tensor, ...]  # (..., 1, p)
+    others: tuple[Tensor, ...]  # the leaves that stay
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _bare(self.form).shape
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        """The operator's, through Reading."""
+        _, leaves = skeleton(self.form)
+        others = iter(self.others)
+        held = [leaves[i] if i in self.places else next(others) for i in range(len(leaves))]
+        rounded = {id(leaves[i]): pair for i, pair in zip(self.places, zip(self.values, self.scales, strict=True), strict=True)}
+        operator = unflatten(self.form, held)
+        assert isinstance(operator, AbstractMatrix)
+        return operator.product(Reading(ops, rounded), x)
+
+    @property
+    def inside(self) -> AbstractMatrix:
+        """The operator with its weights as the integers say."""
+        _, leaves = skeleton(self.form)
+        others = iter(self.others)
+        made = {i: v * s for i, v, s in zip(self.places, self.values, self.scales, strict=True)}
+        operator = unflatten(self.form, [made[i] if i in made else next(others) for i in range(len(leaves))])
+        assert isinstance(operator, AbstractMatrix)
+        return operator
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        from rewriter.algebra import BlockDiagonal, Compose, Dense
+
+        made = quantised(Compose((BlockDiagonal(torch.randn(3, 5, 2, generator=rng)), Dense(torch.randn(6, 7, generator=rng)))))
+        assert isinstance(made, cls)
+        return made
+
+
+@dataclass
+class Reading:
+    """An interpretation that reads some constants as integers and their scales."""
+
+    ops: Any
+    rounded: dict[int, tuple[Tensor, Tensor]]  # by id of the tensor that the operator holds
+
+    def const(self, tensor: Tensor) -> Any:
+        pair = self.rounded.get(id(tensor))
+        return self.ops.const(tensor) if pair is None else self.ops.scaled(*map(self.ops.const, pair))
+
+    def __getattr__(self, word: str) -> Any:
+        return getattr(self.ops, word)
+
+
+@dataclass(eq=False)
+class _Weights(CostOps):
+    """The count, noting what products take as their weight and what is used in another way."""
+
+    tokens: int = 1
+    held: dict[int, int] = field(default_factory=dict)  # id of a constant's width -> id of its tensor
+    multiplied: set[int] = field(default_factory=set)
+    kept: list[Width] = field(default_factory=list)  # so that no id is used twice
+
+    def __post_init__(self) -> None:
+        super().__init__(self.tokens)
+
+    def const(self, tensor: Tensor) -> Width:
+        width = super().const(tensor)
+        self.kept.append(width)
+        self.held[id(width)] = id(tensor)
+        return width
+
+    def matmul(self, x: Width, w: Width) -> Width:
+        self.multiplied.add(self.held.get(id(w), 0))
+        return super().matmul(x, w)
+
+    def block_matmul(self, x: Width, w: Width) -> Width:
+        self.multiplied.add(self.held.get(id(w), 0))
+        return super().block_matmul(x, w)
+
+
+def weights_of(operator: AbstractMatrix) -> list[int]:
+    """Which leaves are weights of products, in order."""
+    leaves, _ = flatten(operator)
+    ops = _Weights()
+    operator.product(ops, Width((operator.shape[1],)))
+    return [i for i, leaf in enumerate(leaves) if id(leaf) in ops.multiplied and leaf.is_floating_point()]
+
+
+def quantised(operator: AbstractMatrix) -> AbstractMatrix | None:
+    """The operator with the weights of its products rounded to the nearest of 255 steps; None where it has none."""
+    places = weights_of(operator)
+    if not places:
+        return None
+    leaves, form = flatten(operator)
+    pairs = [rounded(leaves[i]) for i in places]
+    others = tuple(leaf for i, leaf in enumerate(leaves) if i not in places)
+    return Quantised(form, tuple(places), tuple(v for v, _ in pairs), tuple(s for _, s in pairs), others)
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., q, p) -> int8 of the same shape and the scales (..., 1, p)."""
+    scales = weight.abs().amax(-2, keepdim=True) / LARGEST
+    steps = torch.where(scales > 0, weight / torch.where(scales > 0, scales, 1), 0)
+    return steps.round().clamp(-LARGEST, LARGEST).to(torch.int8), scales
+
+
+def _bare(form: str) -> AbstractMatrix:
+    operator, _ = skeleton(form)
+    assert isinstance(operator, AbstractMatrix)
+    return operator

@@ -1,0 +1,132 @@
+"""quantize: dense and structured sites in 8 bits where that pays, with figures and errors; what it leaves keeps its form and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+import rewriter
+from rewriter.backends.kernels.session import coverage
+from rewriter.operator import AbstractMatrix
+from rewriter.passes.quantize import Quantize
+from rewriter.passes.structures.low_rank import LowRank
+from rewriter.quantised import Quantised
+from rewriter.rule import Decision
+from tests.engine.nets import MLP, WIDE, FakeTarget, Mlp, Net, WideMlp, context, graph, linear, normal
+from tests.passes.blocks import Blocks, after_two
+
+
+def numbers(operator: Any) -> float:
+    return float(operator.cost().nbytes)
+
+
+def slow_integers(operator: Any) -> float:
+    return float(operator.cost().params)  # scales beside as many numbers
+
+
+def decide(folder: Path, module: nn.Module, step: Quantize | None = None, tape: str = MLP, **changes: Any) -> dict[str, Decision]:
+    g = graph(module, tape)
+    return {d.site.name: d for d in (step or Quantize()).run(g, context(g, folder, **changes))}
+
+
+@pytest.mark.parametrize("objective", ["nbytes", "params", "flops"])
+def test_dense_sites_by_size(objective: str, tmp_path: Path) -> None:
+    found = decide(tmp_path, Mlp(), objective=objective)
+    for d in found.values():
+        assert d.structure == "8 bits" and d.reason == "in 8 bits" and isinstance(d.operator, Quantised) and not d.exact
+        assert d.after.nbytes < 0.4 * d.before.nbytes and d.error is not None and 0 < d.error < 0.02
+
+
+def test_by_time_with_figures(tmp_path: Path) -> None:
+    found = decide(tmp_path, Mlp(), objective="ms", target=FakeTarget(numbers))
+    assert all("in 8 bits: 3." in d.reason and "x floats at T=" in d.reason for d in found.values())
+
+
+def test_what_is_no_faster_keeps_its_floats(tmp_path: Path) -> None:
+    found = decide(tmp_path, Mlp(), objective="ms", target=FakeTarget(slow_integers))
+    for d in found.values():
+        assert not d.rewritten and d.after == d.before
+        assert d.reason.startswith("8 bits do not pay: ") and " ms in floats at T=" in d.reason
+
+
+def test_structured_sites_keep_their_structure(tmp_path: Path) -> None:
+    _, before, after = after_two(tmp_path, Blocks(), "quantize")
+    for key, d in after.items():
+        old = before[key]
+        assert isinstance(d.operator, Quantised) and isinstance(d.operator.inside, LowRank) and isinstance(old.operator, AbstractMatrix)
+        assert d.structure == f"{old.structure} in 8 bits" and d.shift is old.shift
+        assert d.reason == f"{old.reason}; in 8 bits"
+        assert d.error is not None and old.error is not None and d.error >= 0.9 * old.error
+        assert d.after.nbytes < old.after.nbytes and d.before == old.before
+
+
+def test_dense_sites_may_stay(tmp_path: Path) -> None:
+    found = decide(tmp_path, Mlp(), Quantize(dense=False), objective="nbytes")
+    assert not any(d.rewritten for d in found.values())
+    assert {d.reason for d in found.values()} == {"no earlier pass rewrote this one, and quantize:dense=false leaves those"}
+
+
+def test_other_floats_stay(tmp_path: Path) -> None:
+    found = decide(tmp_path, Mlp().half(), tape=MLP.replace("float32", "float16"), objective="nbytes")
+    assert {d.reason for d in found.values()} == {"its weight is float16; 8 bits stand for float32 here"}
+
+
+def test_weights_without_numbers_stay(tmp_path: Path) -> None:
+    found = decide(tmp_path, Mlp(first=torch.zeros(32, 24)), objective="nbytes")
+    assert found["first"].reason == "its weight is all zeros" and found["second"].rewritten
+
+
+def rewritten(folder: Path, passes: str, target: str = "onnxruntime", **options: Any) -> rewriter.Result:
+    suffix = ".pt2" if target == "torch" else ".onnx"
+    given = {"target": target, "timing": False, "objective": "nbytes", "out": str(folder / f"m{suffix}"), **options}
+    return rewriter.rewrite(WideMlp(), passes, [WIDE], **given)
+
+
+@pytest.mark.parametrize("passes", ["quantize", "low-rank:rank=16,quantize", "monarch:blocks=4:rank=4,quantize,pre-merge"])
+def test_a_file_runs_stock_and_with_kernels(passes: str, tmp_path: Path) -> None:
+    result = rewritten(tmp_path, passes, force=True)
+    assert result.exit_code == 0 and result.path is not None, result.message
+    assert {s.structure.endswith("8 bits") for s in result.report.sites if s.structure} == {True}
+    x = normal(3, 7, 96).numpy()
+    stock, fast = ort.InferenceSession(str(result.path)), rewriter.inference_session(result.path)  # type: ignore[attr-defined]
+    (a,), (b,) = stock.run(None, {"x": x}), fast.run(None, {"x": x})
+    assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(a)  # inputs are rounded by tensor here, by row and block there
+    assert not any(c.reason for c in coverage(result.path))
+
+
+def test_a_file_is_about_a_quarter(tmp_path: Path) -> None:
+    result = rewritten(tmp_path, "quantize")
+    assert result.path is not None
+    nbytes = result.report.nbytes
+    assert nbytes["rewritten"] is not None and nbytes["dense"] is not None and nbytes["rewritten"] < 0.5 * nbytes["dense"]
+
+
+def test_torch_files_hold_integers(tmp_path: Path) -> None:
+    result = rewritten(tmp_path, "quantize", "torch")
+    assert result.path is not None
+    program = torch.export.load(result.path)
+    assert torch.int8 in {t.dtype for t in program.state_dict.values()}
+
+
+def test_a_bound_takes_integers_back(tmp_path: Path) -> None:
+    result = rewritten(tmp_path, "quantize", max_error=1e-6)
+    assert result.exit_code in (1, 3)
+    assert all("given up for --max-error" in s.reason for s in result.report.sites)
+
+
+def test_the_certificate_is_of_what_runs(tmp_path: Path) -> None:
+    """Rounded inputs are part of the error that is reported."""
+    result = rewritten(tmp_path, "quantize")
+    assert result.report.output_error is not None
+    assert 1e-4 < result.report.output_error.estimate < 0.05
+
+
+def test_a_vector_stays(tmp_path: Path) -> None:
+    found = decide(tmp_path, Net(lambda n, x: n.one(x), one=linear(normal(1, 24))), objective="nbytes")
+    assert "single vector" in next(iter(found.values())).reason
