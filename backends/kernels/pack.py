@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewriter.backends.kernels.plan import ACTIVATIONS, Copy, Finish, Plan, Product, Y
+from rewriter.backends.kernels.plan import ACTIVATIONS, ZERO, Copy, Finish, Plan, Product, Y
 
 MAGIC = 0x314E494148434B52
 FORMATS = ("float32", "bfloat16", "weight8", "int8")  # as the kernel numbers them
@@ -18,7 +18,7 @@ _ROWS = {"float32": 1, "bfloat16": 2, "weight8": 1, "int8": 4}  # of weights tha
 _HEADER, _STEP = 8, 24  # numbers of 8 bytes
 _FIELDS = (
     *("kind", "source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid"),
-    *("k", "q", "p", "format", "weights", "scales", "bias", "activation", "pairs"),
+    *("k", "q", "p", "format", "weights", "scales", "bias", "activation", "runs"),
 )
 _ALIGN = 64
 
@@ -63,7 +63,8 @@ def pack(plan: Plan, layout: Layout, weights: str = "float32") -> Tensor:
 
 def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layout, weights: str) -> dict[str, int]:
     if isinstance(step, Copy):
-        return {"kind": 2, "source": step.source, "target": step.target, "width": len(step.pairs), "pairs": data.add(step.pairs)}
+        runs = runs_of(step.pairs)
+        return {"kind": 2, "source": step.source, "target": step.target, "width": len(runs), "runs": data.add(runs)}
     bias = 0 if step.bias is None else data.add(step.bias.float())
     last = {"bias": bias, "activation": ACTIVATIONS.index(step.activation)}
     if isinstance(step, Finish):
@@ -74,6 +75,16 @@ def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layou
     places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid")}
     sizes = {"k": k, "q": q, "p": p, "format": FORMATS.index(weights)}
     return {"kind": 1, **places, **sizes, "weights": data.add(packed), "scales": data.add(*scales) if scales else 0, **last}
+
+
+def runs_of(pairs: Tensor) -> Tensor:
+    """(from, to) one by one -> (runs, 3) of (from, to, length); zeros, whose `from` is ZERO, run as well."""
+    source, target = pairs.long().unbind(1)
+    goes_on = (target[1:] == target[:-1] + 1) & ((source[1:] == source[:-1] + 1) | ((source[1:] == ZERO) & (source[:-1] == ZERO)))
+    goes_on &= (source[1:] == ZERO) == (source[:-1] == ZERO)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), (~goes_on).nonzero().flatten() + 1])
+    lengths = torch.diff(starts, append=torch.tensor([len(pairs)]))
+    return torch.stack([source[starts], target[starts], lengths], 1).to(torch.int32)
 
 
 def packed_weight(weight: Tensor, scale: Tensor | None, layout: Layout, weights: str) -> tuple[Tensor, list[Tensor]]:

@@ -7,6 +7,7 @@ import torch
 
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.kernels import naive
+from rewriter.backends.kernels.pack import runs_of
 from rewriter.backends.kernels.plan import SCRATCH, Copy, Finish, NotCovered, Product, Y, plan
 from rewriter.operator import AbstractMatrix, AbstractOperator
 from rewriter.passes.structures.low_rank import LowRank
@@ -89,3 +90,8 @@ def test_bias_and_activation_go_with_the_last_product() -> None:
     assert isinstance(first, Product) and isinstance(last, Product)
     assert first.bias is None and not first.activation
     assert last.bias is not None and last.bias.equal(bias) and last.activation == "gelu"
+
+
+def test_copies_are_runs() -> None:
+    pairs = torch.tensor([[4, 0], [5, 1], [6, 2], [-1, 3], [-1, 4], [0, 5], [2, 6], [3, 7], [3, 9]], dtype=torch.int32)
+    assert runs_of(pairs).tolist() == [[4, 0, 3], [-1, 3, 2], [0, 5, 1], [2, 6, 2], [3, 9, 1]]

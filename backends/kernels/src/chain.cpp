@@ -331,15 +331,30 @@ class Run {
       const float* source = from.data + row * from.size;
       float* target = to.data + row * to.size;
       if (s.kind == COPY) {
-        const int32_t* pairs = chain_.at<int32_t>(s.pairs);
-        for (int64_t i = 0; i < s.width; ++i) target[pairs[2 * i + 1]] = pairs[2 * i] < 0 ? 0.0f : source[pairs[2 * i]];
+        const int32_t* run = chain_.at<int32_t>(s.runs);
+        for (int64_t i = 0; i < s.width; ++i, run += 3) moved(run[0] < 0 ? nullptr : source + run[0], target + run[1], run[2]);
       } else {
         for (int64_t i = 0; i < s.width; i += LANES) finish(s, target + s.at + i, i, std::min<int64_t>(LANES, s.width - i));
       }
     }
   }
 
+  static void moved(const float* source, float* target, int64_t count) {
+    if (!source) {
+      std::fill(target, target + count, 0.0f);
+      return;
+    }
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(target + i, load<Floats>(source + i));
+    for (; i < count; ++i) target[i] = source[i];
+  }
+
   void finish(const Step& s, float* y, int64_t column, int64_t count) const {
+    if (count == LANES) {
+      Floats value = load<Floats>(y);
+      if (s.bias) value += load<Floats>(chain_.at<float>(s.bias) + column);
+      return store(y, activated(value, s.activation));
+    }
     float part[LANES] = {}, added[LANES] = {};
     std::memcpy(part, y, count * 4);
     if (s.bias) std::memcpy(added, chain_.at<float>(s.bias) + column, count * 4);

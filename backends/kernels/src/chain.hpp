@@ -3,7 +3,7 @@
 // A row of the program is x (n), y (m) and a scratch; a step reads one of them and writes another:
 //   product   to[at + b p + j] = scale[b, j] sum_i from[first + b block + (i / run) jump + (i % run) step] w[b, i, j]; rows b q + i at and
 //             beyond `valid` are zero
-//   copy      to[pairs[2 i + 1]] = from[pairs[2 i]], zero where the first is negative
+//   copy      for each of `width` runs (from, to, length): so many numbers from there to there, zeros where `from` is negative
 //   finish    y[at + j] = activation(y[at + j] + bias[j])
 // Few rows: each step is cut by columns, so that threads share the weights. Many: each thread takes its own rows through all steps.
 #pragma once
@@ -22,7 +22,7 @@ struct Step {  // 24 numbers of 8 bytes; offsets in bytes from the tensor's star
   int64_t kind, from, to, at, width;
   int64_t first, block, run, jump, step, valid;
   int64_t k, q, p, format;
-  int64_t weights, scales, bias, activation, pairs;
+  int64_t weights, scales, bias, activation, runs;
   int64_t spare[4];
 };
 struct Header {
@@ -87,10 +87,10 @@ struct Chain {
     if (s.from < X || s.from > SCRATCH || s.to < Y || s.to > SCRATCH) return false;
     if (s.kind == FINISH) return s.to == Y && s.at + s.width <= head.m && (!s.bias || holds(s.bias, s.width * 4));
     if (s.kind == COPY) {
-      if (!holds(s.pairs, s.width * 8)) return false;
-      const int32_t* pairs = at<int32_t>(s.pairs);
-      for (int64_t i = 0; i < s.width; ++i)
-        if (pairs[2 * i] >= size(s.from) || pairs[2 * i + 1] < 0 || pairs[2 * i + 1] >= size(s.to)) return false;
+      if (!holds(s.runs, s.width * 12)) return false;
+      const int32_t* run = at<int32_t>(s.runs);
+      for (int64_t i = 0; i < s.width; ++i, run += 3)
+        if (run[1] < 0 || run[2] < 0 || int64_t(run[0]) + run[2] > size(s.from) || int64_t(run[1]) + run[2] > size(s.to)) return false;
       return true;
     }
     if (s.kind != PRODUCT || s.k < 1 || s.q < 1 || s.p < 1 || s.run < 1 || s.width > s.k * s.p || s.at + s.width > size(s.to)) return false;
