@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from rewriter.backends.files.archive import one_line
 from rewriter.backends.kernels.following import activation_after, bias_after
 from rewriter.backends.kernels.pack import Layout, pack
 from rewriter.backends.kernels.plan import NotCovered, Plan, plan
@@ -47,6 +48,8 @@ def _cover(node: ir.Node, model: ir.Model, names: Names, constants: Constants, l
         plan(operator)
     except NotCovered as left:
         return Covered(site, named(node), str(left))
+    except Exception as problem:  # whatever a file may say of itself, stock operators run what it holds
+        return Covered(site, node.op_type, f"what it says of itself cannot be read: {one_line(problem)}")
     end, fused = node.outputs[0], list[str]()
     bias, activation = None, ""
     if (found := bias_after(end, operator.shape[0], constants)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rewriter.algebra import Dense
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.pack import runs_of
@@ -13,7 +14,7 @@ from rewriter.operator import AbstractMatrix, AbstractOperator
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.monarch import Monarch
 from rewriter.passes.structures.pivoted_low_rank import PivotedLowRank
-from rewriter.quantised import Quantised
+from rewriter.quantised import Quantised, quantised
 from rewriter.registry import load_structures
 from tests.kernels.spelled import spelled
 from tests.onnx.models import close
@@ -95,3 +96,11 @@ def test_bias_and_activation_go_with_the_last_product() -> None:
 def test_copies_are_runs() -> None:
     pairs = torch.tensor([[4, 0], [5, 1], [6, 2], [-1, 3], [-1, 4], [0, 5], [2, 6], [3, 7], [3, 9]], dtype=torch.int32)
     assert runs_of(pairs).tolist() == [[4, 0, 3], [-1, 3, 2], [0, 5, 1], [2, 6, 2], [3, 9, 1]]
+
+
+def test_sums_that_may_overflow_are_refused() -> None:
+    long = Dense(torch.zeros(65_537, 1).index_fill(0, torch.tensor([3]), 1.0))
+    made = quantised(long)
+    assert made is not None and plan(long).inputs == 65_537
+    with pytest.raises(NotCovered, match="sums over 65,537 products of 8 bits may not fit in 32"):
+        plan(made)

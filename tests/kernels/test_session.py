@@ -192,3 +192,18 @@ def test_without_kernels_an_explicit_wish_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(RewriteError, match="switched off"):
         rewriter.plan(Block(), "low-rank", ["x:float32[batch,time,32]"], target="onnxruntime", kernels=True)
     library.kernels.cache_clear()
+
+
+@pytest.mark.parametrize("spec", ["", "[]", "{}", '{"operator":"Monarch","fields":{}}', '{"operator":"None","fields":{}}', '{"tensor":0}'])
+def test_specs_that_cannot_be_read_leave_the_node_to_stock(rewritten: Path, spec: str, tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    from rewriter.backends.onnx.opaque import SPEC, is_opaque
+
+    model = ir.load(rewritten)
+    next(n for n in model.graph.all_nodes() if is_opaque(n)).metadata_props[SPEC] = spec
+    path = tmp_path / "odd.onnx"
+    ir.save(model, path)
+    first, *others = session.coverage(path)
+    assert first.reason.startswith("what it says of itself cannot be read: ") and not any(c.reason for c in others)
+    agree(path, rewriter.inference_session(path))
