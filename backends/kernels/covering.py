@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from rewriter.backends.files.archive import one_line
-from rewriter.backends.kernels.following import activation_after, bias_after
+from rewriter.backends.kernels.following import Following, following
 from rewriter.backends.kernels.pack import Layout, pack
 from rewriter.backends.kernels.plan import NotCovered, Plan, plan
 from rewriter.backends.onnx.constants import Constants
@@ -50,15 +50,10 @@ def _cover(node: ir.Node, model: ir.Model, names: Names, constants: Constants, l
         return Covered(site, named(node), str(left))
     except Exception as problem:  # whatever a file may say of itself, stock operators run what it holds
         return Covered(site, node.op_type, f"what it says of itself cannot be read: {one_line(problem)}")
-    end, fused = node.outputs[0], list[str]()
-    bias, activation = None, ""
-    if (found := bias_after(end, operator.shape[0], constants)) is not None:
-        (bias, end), fused = found, ["bias"]
-    if (follows := activation_after(end, constants)) is not None:
-        (activation, end), fused = follows, [*fused, follows[0]]
-    _replace(node, end, plan(operator, bias, activation), model, names, layout, threads)
+    found = following(node.outputs[0], operator.shape[0], constants)
+    _replace(node, found, plan(operator, found.ending), model, names, layout, threads)
     constants.forget()
-    return Covered(site, named(node), "", tuple(fused))
+    return Covered(site, named(node), "", found.said)
 
 
 def named(node: ir.Node) -> str:
@@ -88,12 +83,15 @@ def _operator(node: ir.Node, constants: Constants) -> AbstractMatrix:
     return made
 
 
-def _replace(node: ir.Node, end: ir.Value, steps: Plan, model: ir.Model, names: Names, layout: Layout, threads: int) -> None:
-    """One Chain from the node's x to `end`; what lay between is unused then and goes."""
+def _replace(node: ir.Node, found: Following, steps: Plan, model: ir.Model, names: Names, layout: Layout, threads: int) -> None:
+    """One Chain from the node's x to what follows it; what lay between is unused then and goes."""
+    end = found.end
     packed = pack(steps, layout)
     weights = store(model, names, packed, f"{node.metadata_props.get(SITE, OP)}.packed")
     options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
-    chain = ir.Node(DOMAIN, OP, [node.inputs[0], weights], options, version=1, name=names.unused(f"{OP}_{node.name or 'site'}"))
+    chain = ir.Node(
+        DOMAIN, OP, [node.inputs[0], weights, *found.skip], options, version=1, name=names.unused(f"{OP}_{node.name or 'site'}")
+    )
     made = chain.outputs[0]
     made.shape, made.type = end.shape, end.type or ir.TensorType(ir.DataType.FLOAT)
     producer = end.producer()

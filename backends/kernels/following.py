@@ -1,4 +1,5 @@
-"""What follows a product and can be done with it: a constant bias, then an activation, whatever it is spelled with.
+"""What follows a product and can be done with it: a constant bias, an activation whatever it is spelled with, a sum with another value,
+and a LayerNorm of that sum.
 
 An activation is recognised by its values: the elementwise nodes between one value and the next that all of them lead to are evaluated
 on a grid and compared with those that the kernel has.
@@ -7,12 +8,14 @@ on a grid and compared with those that the kernel has.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from rewriter.backends.kernels.naive import ACTIVATED
+from rewriter.backends.kernels.plan import Ending, Norm
 from rewriter.backends.onnx.compute import compute
 from rewriter.backends.onnx.constants import Constants
 from rewriter.tolerances import EQUAL
@@ -20,6 +23,71 @@ from rewriter.tolerances import EQUAL
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg", "Erf", "Gelu", "Relu", "Sigmoid", "Tanh", "Pow", "Exp", "Swish"}
 MOST = 12  # nodes of an activation
 _GRID = torch.linspace(-10, 10, 2001)
+
+
+@dataclass(frozen=True)
+class Following:
+    """Up to which value, and what it takes beside."""
+
+    end: ir.Value
+    ending: Ending
+    skip: tuple[ir.Value, ...] = ()
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """In the order in which it is done."""
+        ending = self.ending
+        parts = (("bias", ending.bias is not None), (ending.activation, ending.activation), ("sum", ending.skip), ("norm", ending.norm))
+        return tuple(name for name, there in parts if there)
+
+
+def following(value: ir.Value, width: int, constants: Constants) -> Following:
+    """As much as there is, in this order."""
+    bias, activation, skip, norm = None, "", tuple[ir.Value, ...](), None
+    if (found := bias_after(value, width, constants)) is not None:
+        bias, value = found
+    if (acts := activation_after(value, constants)) is not None:
+        activation, value = acts
+    if (sums := sum_after(value, constants)) is not None:
+        other, value = sums
+        skip = (other,)
+    if (norms := norm_after(value, width, constants)) is not None:
+        norm, value = norms
+    return Following(value, Ending(bias, activation, bool(skip), norm), skip)
+
+
+def sum_after(value: ir.Value, constants: Constants) -> tuple[ir.Value, ir.Value] | None:
+    """The value of the same shape that the value's only user adds, and the sum; that shape has to be known."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain not in ("", "ai.onnx"):
+        return None
+    node = uses[0].node
+    other = node.inputs[1 - uses[0].idx]
+    if other is None or constants.is_const(other) or other is value or value.shape is None or value.shape != other.shape:
+        return None
+    if any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape) or other.dtype != ir.DataType.FLOAT:
+        return None
+    return other, node.outputs[0]
+
+
+def norm_after(value: ir.Value, width: int, constants: Constants) -> tuple[Norm, ir.Value] | None:
+    """The LayerNormalization over the features that the value's only user is, and its result."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "LayerNormalization" or uses[0].idx != 0:
+        return None
+    node = uses[0].node
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+    rank = len(value.shape) if value.shape is not None else 0
+    if axis not in (-1, rank - 1) or any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
+        return None
+    given = [v for v in node.inputs[1:] if v is not None]
+    if not given or not all(constants.is_const(v) for v in given):
+        return None
+    gamma, beta = constants.load(given[0]), constants.load(given[1]) if len(given) > 1 else torch.zeros(width)
+    if gamma.shape != (width,) or beta.shape != (width,) or gamma.dtype != torch.float32:
+        return None
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    return Norm(gamma, beta, epsilon), node.outputs[0]
 
 
 def bias_after(value: ir.Value, width: int, constants: Constants) -> tuple[Tensor, ir.Value] | None:

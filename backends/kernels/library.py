@@ -121,18 +121,25 @@ class Kernels:
         self.path = path
         self.library = ctypes.CDLL(str(path))
         self.library.structured_check.restype = ctypes.c_char_p
+        self.library.structured_skips.restype = ctypes.c_int64
         lanes, panel = ctypes.c_int64(), ctypes.c_int64()
         self.library.structured_layout(ctypes.byref(lanes), ctypes.byref(panel))
         self.layout = Layout(lanes.value, panel.value)
 
-    def run(self, packed: Tensor, x: Tensor, outputs: int, threads: int = 0, out: Tensor | None = None) -> Tensor:
-        """(..., n) float32 -> (..., outputs), by a packed chain; `threads` 0: torch's own number; `out`: (rows, outputs) to write to."""
+    def run(
+        self, packed: Tensor, x: Tensor, outputs: int, threads: int = 0, out: Tensor | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        """(..., n) float32 -> (..., outputs), by a packed chain; `threads` 0: torch's own number; `out`: (rows, outputs) to write to;
+        skip (..., outputs): what the chain adds."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         packed = aligned(packed)
         self._check(packed, rows, outputs)
         y = rows.new_empty(len(rows), outputs) if out is None else out
         assert y.is_contiguous() and y.shape == (len(rows), outputs) and y.dtype == torch.float32
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (packed, rows, y)]
+        added = rows.new_empty(0) if skip is None else skip.flatten(0, -2).contiguous()
+        if self.library.structured_skips(ctypes.c_void_p(packed.data_ptr())) and (added.shape != y.shape or added.dtype != y.dtype):
+            raise RewriteError(f"the kernel adds {list(y.shape)} float32 numbers, not {list(added.shape)} {added.dtype}")
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (packed, rows, added, y)]
         self.library.structured_run(*pointers, ctypes.c_int64(len(rows)), ctypes.c_int64(threads or torch.get_num_threads()))
         return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
 

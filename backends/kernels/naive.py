@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.kernels.pack import rounded
-from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Finish, Plan, Product, X, Y
+from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Ending, Plan, Product, X, Y
 
 ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda y: y,
@@ -19,8 +19,8 @@ ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def run(plan: Plan, x: Tensor, weights: str = "float32") -> Tensor:
-    """(..., inputs) -> (..., outputs); `weights`: in which of the kernel's formats, rounded as there."""
+def run(plan: Plan, x: Tensor, weights: str = "float32", skip: Tensor | None = None) -> Tensor:
+    """(..., inputs) -> (..., outputs); `weights`: in which of the kernel's formats, rounded as there; skip (..., outputs) if added."""
     rows = x.reshape(-1, plan.inputs)
     areas = {X: rows, Y: rows.new_full((len(rows), plan.outputs), torch.nan), SCRATCH: rows.new_full((len(rows), plan.scratch), torch.nan)}
     for step in plan.steps:
@@ -31,7 +31,7 @@ def run(plan: Plan, x: Tensor, weights: str = "float32") -> Tensor:
             values = areas[step.source][:, source.clamp_min(0)]
             areas[step.target][:, target] = values.masked_fill(source == ZERO, 0)
         else:
-            areas[Y] = finished(step, areas[Y])
+            areas[Y] = finished(step.ending, areas[Y], None if skip is None else skip.reshape(-1, plan.outputs))
     made: Tensor = areas[Y].unflatten(0, x.shape[:-1])
     return made
 
@@ -46,7 +46,7 @@ def _product(step: Product, areas: dict[int, Tensor], weights: str) -> None:
     weights = weights if step.scale is None else "int8"
     weight = _stored(step.weight, weights) if step.scale is None else step.weight * step.scale[:, None]
     made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), weights), weight).flatten(1)
-    areas[step.target][:, step.at : step.at + step.width] = finished(step, made[:, : step.width])
+    areas[step.target][:, step.at : step.at + step.width] = finished(Ending(step.bias, step.activation), made[:, : step.width])
 
 
 def _stored(weight: Tensor, weights: str) -> Tensor:
@@ -71,6 +71,11 @@ def _multiplied(x: Tensor, weights: str) -> Tensor:
     return (((x * (1 / scale)).round() + zero).clamp(0, 255) - zero) * scale
 
 
-def finished(step: Product | Finish, y: Tensor) -> Tensor:
-    """activation(y + bias)."""
-    return ACTIVATED[step.activation](y if step.bias is None else y + step.bias)
+def finished(ending: Ending, y: Tensor, skip: Tensor | None = None) -> Tensor:
+    """activation(y + bias) + skip, normalised."""
+    y = ACTIVATED[ending.activation](y if ending.bias is None else y + ending.bias)
+    if ending.skip:
+        assert skip is not None
+        y = y + skip
+    norm = ending.norm
+    return y if norm is None else torch.nn.functional.layer_norm(y, y.shape[-1:], norm.gamma, norm.beta, norm.epsilon)

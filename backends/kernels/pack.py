@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewriter.backends.kernels.plan import ACTIVATIONS, ZERO, Copy, Finish, Plan, Product, Y
+from rewriter.backends.kernels.plan import ACTIVATIONS, ZERO, Copy, Ending, Finish, Plan, Product, Y
 
 MAGIC = 0x314E494148434B52
 FORMATS = ("float32", "bfloat16", "weight8", "int8")  # as the kernel numbers them
@@ -18,7 +18,7 @@ _ROWS = {"float32": 1, "bfloat16": 2, "weight8": 1, "int8": 4}  # of weights tha
 _HEADER, _STEP = 8, 24  # numbers of 8 bytes
 _FIELDS = (
     *("kind", "source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid"),
-    *("k", "q", "p", "format", "weights", "scales", "bias", "activation", "runs"),
+    *("k", "q", "p", "format", "weights", "scales", "bias", "activation", "runs", "skip", "norm", "epsilon"),
 )
 _ALIGN = 64
 
@@ -65,16 +65,24 @@ def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layou
     if isinstance(step, Copy):
         runs = runs_of(step.pairs)
         return {"kind": 2, "source": step.source, "target": step.target, "width": len(runs), "runs": data.add(runs)}
-    bias = 0 if step.bias is None else data.add(step.bias.float())
-    last = {"bias": bias, "activation": ACTIVATIONS.index(step.activation)}
     if isinstance(step, Finish):
-        return {"kind": 3, "target": Y, "width": plan.outputs, **last}
+        return {"kind": 3, "target": Y, "width": plan.outputs, **_ending(step.ending, data)}
+    last = _ending(Ending(step.bias, step.activation), data)
     k, q, p = step.weight.shape
     weights = weights if step.scale is None else "int8"
     packed, scales = packed_weight(step.weight, step.scale, layout, weights)
     places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid")}
     sizes = {"k": k, "q": q, "p": p, "format": FORMATS.index(weights)}
     return {"kind": 1, **places, **sizes, "weights": data.add(packed), "scales": data.add(*scales) if scales else 0, **last}
+
+
+def _ending(ending: Ending, data: _Bytes) -> dict[str, int]:
+    bias = 0 if ending.bias is None else data.add(ending.bias.float())
+    found = {"bias": bias, "activation": ACTIVATIONS.index(ending.activation), "skip": int(ending.skip)}
+    if ending.norm is None:
+        return found
+    epsilon = int(torch.tensor(ending.norm.epsilon, dtype=torch.float64).view(torch.int64))  # the bits of a double
+    return {**found, "norm": data.add(ending.norm.gamma.float(), ending.norm.beta.float()), "epsilon": epsilon}
 
 
 def runs_of(pairs: Tensor) -> Tensor:

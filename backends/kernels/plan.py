@@ -57,13 +57,37 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """y = (y - mean) / sqrt(variance + epsilon) * gamma + beta, over the features."""
+
+    gamma: Tensor  # (m,)
+    beta: Tensor  # (m,)
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is done to the product: activation(y + bias) + skip, normalised; skip comes with the call."""
+
+    bias: Tensor | None = None  # (m,)
+    activation: str = ""  # of ACTIVATIONS
+    skip: bool = False
+    norm: Norm | None = None
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether it needs more than a column and its bias."""
+        return self.skip or self.norm is not None
+
+
+@dataclass(frozen=True)
 class Finish:
-    """y = activation(y + bias)."""
+    """An ending as a step of its own."""
 
-    bias: Tensor | None  # (m,)
-    activation: str
+    ending: Ending
 
 
+NOTHING = Ending()
 Step = Product | Copy | Finish
 
 
@@ -149,8 +173,8 @@ class PlanOps:
         raise NotCovered("weights with zeros left out have no kernel")
 
 
-def plan(operator: AbstractMatrix, bias: Tensor | None = None, activation: str = "") -> Plan:
-    """The steps of activation(operator(x) + bias); NotCovered where the operator is spelled with more than products and permutations."""
+def plan(operator: AbstractMatrix, ending: Ending = NOTHING) -> Plan:
+    """The steps of an operator and its ending; NotCovered where it is spelled with more than products and permutations."""
     m, n = operator.shape
     ops = PlanOps(n)
     y = operator.product(ops, torch.arange(n))
@@ -163,7 +187,7 @@ def plan(operator: AbstractMatrix, bias: Tensor | None = None, activation: str =
         before, product, scratch = _product(made, ops, scratch)
         steps += [*before, product]
     steps += _rest(ops, y)
-    return Plan(n, m, scratch, tuple(_finished(steps, bias, activation)))
+    return Plan(n, m, scratch, tuple(_finished(steps, ending)))
 
 
 def _order_columns(ops: PlanOps, y: Tensor) -> None:
@@ -270,16 +294,18 @@ def _rest(ops: PlanOps, y: Tensor) -> list[Copy]:
     return _copies(areas[missing], offsets[missing], to[missing], Y)
 
 
-def _finished(steps: list[Step], bias: Tensor | None, activation: str) -> list[Step]:
+def _finished(steps: list[Step], ending: Ending) -> list[Step]:
     """With the products that write to y where nothing else does and nobody reads it, else in a step of its own."""
-    if bias is None and not activation:
+    if ending.bias is None and not ending.activation and not ending.whole_rows:
         return steps
-    if any((isinstance(s, Copy) and s.target == Y) or (not isinstance(s, Finish) and s.source == Y) for s in steps):
-        return [*steps, Finish(bias, activation)]
+    touched = any((isinstance(s, Copy) and s.target == Y) or (isinstance(s, Product | Copy) and s.source == Y) for s in steps)
+    if touched or ending.whole_rows:
+        return [*steps, Finish(ending)]
 
     def last(step: Step) -> Step:
         if not isinstance(step, Product) or step.target != Y:
             return step
-        return replace(step, bias=None if bias is None else bias[step.at : step.at + step.width], activation=activation)
+        bias = None if ending.bias is None else ending.bias[step.at : step.at + step.width]
+        return replace(step, bias=bias, activation=ending.activation)
 
     return [last(step) for step in steps]

@@ -18,7 +18,7 @@ from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.covering import DOMAIN, OP, Covered, cover
 from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.pack import pack
-from rewriter.backends.kernels.plan import plan
+from rewriter.backends.kernels.plan import Ending, plan
 from rewriter.backends.onnx.run import CPU, Session, loadable
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.backends.onnx.widen import needs_widening, widen
@@ -79,7 +79,7 @@ def check(library: Kernels) -> None:
 
     rng = torch.Generator().manual_seed(0)
     blocks, dense = torch.randn(3, 5, 21, generator=rng), torch.randn(63, 70, generator=rng)
-    steps = plan(Compose((BlockDiagonal(blocks), Dense(dense))), torch.randn(70, generator=rng), "gelu")
+    steps = plan(Compose((BlockDiagonal(blocks), Dense(dense))), Ending(torch.randn(70, generator=rng), "gelu"))
     x = torch.randn(7, 15, generator=rng)
     found = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"]
     rtol, atol = EQUAL[torch.float32]

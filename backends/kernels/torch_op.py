@@ -17,7 +17,7 @@ from rewriter.backends.fx.target import as_module
 from rewriter.backends.fx.trace import decomposed
 from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.pack import pack
-from rewriter.backends.kernels.plan import NotCovered, plan
+from rewriter.backends.kernels.plan import Ending, NotCovered, plan
 from rewriter.operator import AbstractMatrix, unflatten
 
 LIBRARY.define("chain(Tensor x, Tensor packed, int outputs) -> Tensor")
@@ -71,7 +71,7 @@ def _cover(module: GraphModule, node: Node, name: str, library: Kernels) -> None
         bias, end = found
     if (found_activation := _activation_after(end)) is not None:
         activation, end = found_activation
-    module.register_buffer(name, pack(plan(operator, bias, activation), library.layout))
+    module.register_buffer(name, pack(plan(operator, Ending(bias, activation)), library.layout))
     with module.graph.inserting_after(end):
         chain = module.graph.call_function(CHAIN, (x, None, outputs))
         chain.meta = dict(end.meta)

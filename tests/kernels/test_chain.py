@@ -13,7 +13,7 @@ from torch import Tensor
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.library import Kernels, cpu, kernels
 from rewriter.backends.kernels.pack import FORMATS, pack
-from rewriter.backends.kernels.plan import ACTIVATIONS, Plan, plan
+from rewriter.backends.kernels.plan import ACTIVATIONS, Ending, Norm, Plan, plan
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.structures.low_rank import LowRank
@@ -31,19 +31,27 @@ def library(request: pytest.FixtureRequest) -> Kernels:
     return kernels(request.param)
 
 
-def ran(library: Kernels, steps: Plan, x: Tensor, weights: str = "float32", threads: int = 1) -> Tensor:
+def ending(seed: int, width: int) -> Ending:
+    """With and without each part."""
+    rng = torch.Generator().manual_seed(seed)
+    bias, gamma, beta = torch.randn(3, width, generator=rng)
+    norm = Norm(gamma, beta, 1e-5) if seed % 5 == 0 else None
+    return Ending(bias if seed % 3 else None, ACTIVATIONS[seed % len(ACTIVATIONS)], seed % 2 == 0, norm)
+
+
+def ran(library: Kernels, steps: Plan, x: Tensor, weights: str = "float32", threads: int = 1, skip: Tensor | None = None) -> Tensor:
     """On outputs that were NaN, between fences."""
     room = torch.full((len(x) * steps.outputs + 2 * FENCE,), torch.nan)
     out = room[FENCE : len(room) - FENCE].view(len(x), steps.outputs)
-    y = library.run(pack(steps, library.layout, weights), x, steps.outputs, threads, out)
+    y = library.run(pack(steps, library.layout, weights), x, steps.outputs, threads, out, skip)
     assert y.data_ptr() == out.data_ptr()
     assert room[:FENCE].isnan().all() and room[len(room) - FENCE :].isnan().all()
     return y
 
 
-def agree(found: Tensor, steps: Plan, x: Tensor, weights: str) -> None:
+def agree(found: Tensor, steps: Plan, x: Tensor, weights: str, skip: Tensor | None = None) -> None:
     """Rounding to int8 between two products may fall to the other side, where sums differ in the last place."""
-    wanted = naive.run(steps, x, weights)
+    wanted = naive.run(steps, x, weights, skip)
     if weights in ("float32", "weight8"):
         close(found, wanted)
     else:
@@ -54,11 +62,10 @@ def agree(found: Tensor, steps: Plan, x: Tensor, weights: str) -> None:
 @pytest.mark.parametrize("weights", FORMATS)
 def test_a_thousand_random_chains(library: Kernels, weights: str, chunk: int) -> None:
     for seed in range(100 * chunk, 100 * chunk + 100):
-        operator = spelled(seed)
-        bias = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed)) if seed % 3 else None
-        steps = plan(operator, bias, ACTIVATIONS[seed % len(ACTIVATIONS)])
-        x = torch.randn(1 + seed % 14, operator.shape[1], generator=torch.Generator().manual_seed(seed))
-        agree(ran(library, steps, x, weights, 1 + seed % 2), steps, x, weights)
+        operator, rng = spelled(seed), torch.Generator().manual_seed(seed)
+        steps = plan(operator, ending(seed, operator.shape[0]))
+        x, skip = (torch.randn(1 + seed % 14, width, generator=rng) for width in reversed(operator.shape))
+        agree(ran(library, steps, x, weights, 1 + seed % 2, skip), steps, x, weights, skip)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -91,7 +98,7 @@ def test_rows_and_threads_do_not_change_a_row(library: Kernels, rows: int, weigh
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(library: Kernels, activation: str) -> None:
-    steps = plan(_diagonal(torch.eye(1)[None]), None, activation)
+    steps = plan(_diagonal(torch.eye(1)[None]), Ending(activation=activation))
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e18, -1e18])])[:, None]
     close(ran(library, steps, x), naive.run(steps, x))
 
@@ -128,6 +135,20 @@ def test_wrong_inputs_are_refused() -> None:
     for damaged, said in ((packed[:-64], "damaged"), (packed[:40], "no packed chain"), (packed[64:], "no packed chain")):
         with pytest.raises(RewriteError, match=said):
             kernels().run(damaged.clone(), torch.randn(2, 40), 33)
+
+
+def test_what_is_added_has_to_be_there() -> None:
+    packed = pack(plan(LowRank(torch.randn(40, 20), torch.randn(20, 33)), Ending(skip=True)), kernels().layout)
+    for skip in (None, torch.randn(2, 32), torch.randn(1, 33), torch.randn(2, 33).double()):
+        with pytest.raises(RewriteError, match=r"adds \[2, 33\] float32 numbers"):
+            kernels().run(packed, torch.randn(2, 40), 33, skip=skip)
+
+
+def test_norms_of_large_means_and_of_constants(library: Kernels) -> None:
+    gamma, beta = torch.randn(2, 33)
+    steps = plan(_diagonal(torch.eye(33)[None]), Ending(norm=Norm(gamma, beta, 1e-5)))
+    x = torch.cat([torch.randn(3, 33) + 1000, torch.full((1, 33), 7.0)])
+    close(ran(library, steps, x), naive.run(steps, x))
 
 
 def test_chains_for_another_cpu_are_refused() -> None:

@@ -17,11 +17,11 @@ from rewriter.backends.kernels.pack import FORMATS, pack
 from rewriter.backends.kernels.plan import Plan, plan
 from rewriter.passes.structures.low_rank import LowRank
 from tests.kernels.spelled import spelled
-from tests.kernels.test_chain import agree
+from tests.kernels.test_chain import agree, ending
 
 DRIVER = Path(__file__).parent / "sanitized.cpp"
 SANITIZERS = {"memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "races": ("-fsanitize=thread",)}
-Case = tuple[Tensor, Tensor]  # packed, x
+Case = tuple[Tensor, Tensor, Tensor]  # packed, x, skip
 
 
 def built(folder: Path, sanitizer: str) -> Path:
@@ -42,47 +42,46 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def given(cases: Sequence[Case], folder: Path) -> Path:
     path = folder / "cases"
     with path.open("wb") as file:
-        for packed, x in cases:
-            file.write(struct.pack("qq", packed.numel(), len(x)))
-            file.write(packed.numpy().tobytes() + struct.pack("q", x.shape[1]) + x.numpy().tobytes())
+        for packed, x, skip in cases:
+            file.write(struct.pack("qqqq", packed.numel(), len(x), x.shape[1], skip.shape[1]))
+            file.write(packed.numpy().tobytes() + x.numpy().tobytes() + skip.numpy().tobytes())
     return path
 
 
-def ran(program: Path, cases: Sequence[Case], widths: Sequence[int], folder: Path, threads: int) -> Iterator[Tensor | None]:
+def ran(program: Path, cases: Sequence[Case], folder: Path, threads: int) -> Iterator[Tensor | None]:
     """What each case gave; None where it was refused."""
     out = folder / "out"
     done = subprocess.run([str(program), str(given(cases, folder)), str(out), str(threads)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     data = memoryview(out.read_bytes())
-    for (_, x), width in zip(cases, widths, strict=True):
+    for _, _, skip in cases:
         (finished,) = struct.unpack("q", data[:8])
         data = data[8:]
-        yield torch.frombuffer(bytearray(data[: 4 * len(x) * width]), dtype=torch.float32).view(len(x), width) if finished else None
-        data = data[4 * len(x) * width if finished else 0 :]
+        yield torch.frombuffer(bytearray(data[: skip.nbytes]), dtype=torch.float32).view(skip.shape) if finished else None
+        data = data[skip.nbytes if finished else 0 :]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sound_chains(program: Path, threads: int, tmp_path: Path) -> None:
-    kinds: list[tuple[Plan, str]] = [(plan(spelled(seed), None, "gelu"), FORMATS[seed % 4]) for seed in range(200)]
-    rows = [torch.randn(1 + seed % 40, steps.inputs) for seed, (steps, _) in enumerate(kinds)]
-    cases = [(pack(steps, kernels().layout, weights), x) for (steps, weights), x in zip(kinds, rows, strict=True)]
-    made = ran(program, cases, [steps.outputs for steps, _ in kinds], tmp_path, threads)
-    for (steps, weights), x, y in zip(kinds, rows, made, strict=True):
+    kinds: list[tuple[Plan, str]] = [(plan(spelled(seed), ending(seed, spelled(seed).shape[0])), FORMATS[seed % 4]) for seed in range(200)]
+    rows = [(torch.randn(1 + i % 40, steps.inputs), torch.randn(1 + i % 40, steps.outputs)) for i, (steps, _) in enumerate(kinds)]
+    cases = [(pack(steps, kernels().layout, weights), *pair) for (steps, weights), pair in zip(kinds, rows, strict=True)]
+    for (steps, weights), (x, skip), y in zip(kinds, rows, ran(program, cases, tmp_path, threads), strict=True):
         assert y is not None
-        agree(y, steps, x, weights)
+        agree(y, steps, x, weights, skip)
 
 
 def test_an_overrun_would_be_seen(tmp_path: Path) -> None:
     """Planted: an x that is one number a row short, and a driver that does not mind."""
     steps = plan(LowRank(torch.randn(9, 4), torch.randn(4, 9)))
     packed, x = pack(steps, kernels().layout), torch.randn(2, steps.inputs)
-    text = DRIVER.read_text().replace("chain.head.n == inputs", "chain.head.n == inputs + 1")
+    text = DRIVER.read_text().replace("chain.head.n == sizes[2]", "chain.head.n == sizes[2] + 1")
     (tmp_path / "planted.cpp").write_text(text)
     program = tmp_path / "planted"
     options = ["-std=c++17", "-O1", "-march=native", "-pthread", "-w", *SANITIZERS["memory"]]
     sources = [str(tmp_path / "planted.cpp"), str(SOURCES / "chain.cpp"), f"-I{SOURCES}"]
     subprocess.run([compiler(), *options, *sources, "-o", str(program)], check=True)
-    path = given([(packed, x[:, 1:].contiguous())], tmp_path)
+    path = given([(packed, x[:, 1:].contiguous(), torch.zeros(2, 9))], tmp_path)
     done = subprocess.run([str(program), str(path), str(tmp_path / "out"), "1"], capture_output=True, text=True)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
@@ -92,7 +91,7 @@ def test_damaged_chains_are_refused_or_harmless(program: Path, tmp_path: Path) -
     draw = random.Random(0)
     cases: list[Case] = []
     for seed in range(1500):
-        steps = plan(spelled(seed % 60), torch.zeros(spelled(seed % 60).shape[0]), "silu")
+        steps = plan(spelled(seed % 60), ending(seed, spelled(seed % 60).shape[0]))
         packed = pack(steps, kernels().layout, FORMATS[seed % 4])
         numbers = packed[: (8 + 24 * len(steps.steps)) * 8].view(torch.int64)
         for _ in range(draw.choice([1, 1, 2])):
@@ -100,8 +99,7 @@ def test_damaged_chains_are_refused_or_harmless(program: Path, tmp_path: Path) -
             old = int(numbers[place])
             new = draw.choice([old + 1, old - 1, old * 2, -old, draw.randrange(200), 1 << 40, -(1 << 62), (1 << 63) - 1])
             numbers[place] = max(-(1 << 63), min(new, (1 << 63) - 1))
-        cases.append((packed, torch.randn(3, steps.inputs)))
-    widths = [int(packed[40:48].view(torch.int64)) for packed, _ in cases]
-    results = list(ran(program, cases, widths, tmp_path, 2))
+        cases.append((packed, torch.randn(3, steps.inputs), torch.randn(3, steps.outputs)))
+    results = list(ran(program, cases, tmp_path, 2))
     refused = sum(y is None for y in results)
     assert 300 < refused < len(cases)

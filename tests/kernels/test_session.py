@@ -22,16 +22,20 @@ RTOL, ATOL = EQUAL[torch.float32]
 
 
 class Block(nn.Module):
-    """Each activation as modules and as formulas, a residual, a weightless end."""
+    """Each activation as modules and as formulas, residuals, a norm behind one, a weightless end."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c, self.d, self.e = (nn.Linear(i, o) for i, o in ((32, 96), (96, 32), (32, 64), (64, 32), (32, 40)))
+        self.f, self.norm = nn.Linear(32, 32), nn.LayerNorm(32, 1e-3)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.b(nn.functional.gelu(self.a(x))) + x
         c = self.c(h)
         h = self.d(c * torch.sigmoid(c)) + h
+        h = self.norm(self.f(h) + h)
         e = self.e(h)
         return 0.5 * e * (1 + torch.tanh(0.7978845608028654 * (e + 0.044715 * e * e * e)))
 
@@ -81,8 +85,10 @@ def test_what_is_covered_and_what_goes_with_it(rewritten: Path) -> None:
     covered = {c.site: c for c in session.coverage(rewritten)}
     assert {c.reason for c in covered.values()} == {""}
     fused = {site: c.fused for site, c in covered.items()}
-    biased = ("bias",)
-    assert fused == {"a": (*biased, "gelu"), "b": biased, "c": (*biased, "silu"), "d": biased, "e": (*biased, "gelu-tanh")}
+    assert fused == {
+        **{"a": ("bias", "gelu"), "b": ("bias", "sum"), "c": ("bias", "silu"), "d": ("bias", "sum")},
+        **{"f": ("bias", "sum", "norm"), "e": ("bias", "gelu-tanh")},
+    }
 
 
 def test_options_are_kept(rewritten: Path) -> None:

@@ -18,7 +18,7 @@ def test_status_and_coverage(rewritten: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert str(library.described().path) in out
     assert "a     Monarch    yes + bias + gelu" in out
-    assert out.endswith("5 of 5 structured layers run in kernels under rewriter.inference_session\n")
+    assert out.endswith("6 of 6 structured layers run in kernels under rewriter.inference_session\n")
 
 
 def test_what_is_not_built_is_not_built_by_asking(

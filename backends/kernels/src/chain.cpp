@@ -235,7 +235,7 @@ struct Panel {
 
 class Run {
  public:
-  Run(const Chain& chain, const float* x, float* y, size_t rows) : chain_(chain), x_(x), y_(y), rows_(rows) {}
+  Run(const Chain& chain, const float* x, const float* skip, float* y, size_t rows) : chain_(chain), x_(x), skip_(skip), y_(y), rows_(rows) {}
 
   void operator()(const Threads& threads) {
     static thread_local Workspace own;
@@ -264,7 +264,7 @@ class Run {
  private:
   static constexpr int64_t SHARED = 1 << 22;  // bytes of weights beyond which each thread had better read its own
   const Chain& chain_;
-  const float* x_;
+  const float *x_, *skip_;
   float* y_;
   size_t rows_;
 
@@ -304,7 +304,12 @@ class Run {
     for (int64_t i = 0; i < chain_.head.steps; ++i) {
       const Step& s = chain_.steps[i];
       if (s.kind != PRODUCT) {
-        simple(s, 0, rows_, scratch);
+        const size_t share = (rows_ + threads.count - 1) / threads.count;
+        auto part = [&](size_t t) {
+          const size_t begin = std::min(rows_, t * share);
+          simple(s, begin, std::min(share, rows_ - begin), scratch + begin * chain_.head.scratch);
+        };
+        threads.each(threads.count, part);
         continue;
       }
       const Converted converted = own.converted(s, rows_);
@@ -334,7 +339,7 @@ class Run {
         const int32_t* run = chain_.at<int32_t>(s.runs);
         for (int64_t i = 0; i < s.width; ++i, run += 3) moved(run[0] < 0 ? nullptr : source + run[0], target + run[1], run[2]);
       } else {
-        for (int64_t i = 0; i < s.width; i += LANES) finish(s, target + s.at + i, i, std::min<int64_t>(LANES, s.width - i));
+        finish(s, target, s.skip ? skip_ + (first + row) * chain_.head.m : nullptr);
       }
     }
   }
@@ -349,24 +354,57 @@ class Run {
     for (; i < count; ++i) target[i] = source[i];
   }
 
-  void finish(const Step& s, float* y, int64_t column, int64_t count) const {
-    if (count == LANES) {
-      Floats value = load<Floats>(y);
-      if (s.bias) value += load<Floats>(chain_.at<float>(s.bias) + column);
-      return store(y, activated(value, s.activation));
+  // One row, in whole vectors and what is left.
+  void finish(const Step& s, float* y, const float* skip) const {
+    const float* bias = s.bias ? chain_.at<float>(s.bias) : nullptr;
+    float sum = 0.0f;
+    Floats sums = all(0.0f);
+    int64_t i = 0;
+    for (; i + LANES <= s.width; i += LANES) {
+      Floats value = load<Floats>(y + i);
+      if (bias) value += load<Floats>(bias + i);
+      value = activated(value, s.activation);
+      if (skip) value += load<Floats>(skip + i);
+      sums += value;
+      store(y + i, value);
     }
-    float part[LANES] = {}, added[LANES] = {};
-    std::memcpy(part, y, count * 4);
-    if (s.bias) std::memcpy(added, chain_.at<float>(s.bias) + column, count * 4);
-    store(part, activated(load<Floats>(part) + load<Floats>(added), s.activation));
-    std::memcpy(y, part, count * 4);
+    if (i < s.width) {
+      const size_t left = (s.width - i) * 4;
+      float part[LANES] = {}, added[LANES] = {};
+      std::memcpy(part, y + i, left);
+      if (bias) std::memcpy(added, bias + i, left);
+      store(part, activated(load<Floats>(part) + load<Floats>(added), s.activation));
+      for (int64_t lane = 0; lane < s.width - i; ++lane) sum += part[lane] += skip ? skip[i + lane] : 0.0f;
+      std::memcpy(y + i, part, left);
+    }
+    if (s.norm) normalise(s, y, (sum + total(sums)) / s.width);
+  }
+
+  // `mean` may be off by rounding, which the deviations from it show.
+  void normalise(const Step& s, float* y, float mean) const {
+    float rest = 0.0f, sum = 0.0f;
+    Floats rests = all(0.0f), sums = all(0.0f);
+    int64_t i = 0;
+    for (; i + LANES <= s.width; i += LANES) {
+      const Floats off = load<Floats>(y + i) - mean;
+      rests += off;
+      sums += off * off;
+    }
+    for (; i < s.width; ++i) rest += y[i] - mean, sum += (y[i] - mean) * (y[i] - mean);
+    rest = (rest + total(rests)) / s.width;
+    mean += rest;
+    const float inverse = 1.0f / std::sqrt(std::max((sum + total(sums)) / s.width - rest * rest, 0.0f) + (float)s.epsilon);
+    const float *gamma = chain_.at<float>(s.norm), *beta = gamma + s.width;
+    for (i = 0; i + LANES <= s.width; i += LANES)
+      store(y + i, (load<Floats>(y + i) - mean) * inverse * load<Floats>(gamma + i) + load<Floats>(beta + i));
+    for (; i < s.width; ++i) y[i] = (y[i] - mean) * inverse * gamma[i] + beta[i];
   }
 };
 
 }  // namespace
 
-void run(const Chain& chain, const float* x, float* y, size_t rows, const Threads& threads) {
-  if (rows) Run(chain, x, y, rows)(threads);
+void run(const Chain& chain, const float* x, const float* skip, float* y, size_t rows, const Threads& threads) {
+  if (rows) Run(chain, x, skip, y, rows)(threads);
 }
 
 }  // namespace structured

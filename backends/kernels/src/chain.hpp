@@ -4,7 +4,8 @@
 //   product   to[at + b p + j] = scale[b, j] sum_i from[first + b block + (i / run) jump + (i % run) step] w[b, i, j]; rows b q + i at and
 //             beyond `valid` are zero
 //   copy      for each of `width` runs (from, to, length): so many numbers from there to there, zeros where `from` is negative
-//   finish    y[at + j] = activation(y[at + j] + bias[j])
+//   finish    y[j] = activation(y[j] + bias[j]) + skip[j], then y = (y - mean) / sqrt(variance + epsilon) * norm[j] + norm[m + j],
+//             each part where it is wanted; skip (rows, m) comes with the call
 // Few rows: each step is cut by columns, so that threads share the weights. Many: each thread takes its own rows through all steps.
 #pragma once
 #include <algorithm>
@@ -22,8 +23,9 @@ struct Step {  // 24 numbers of 8 bytes; offsets in bytes from the tensor's star
   int64_t kind, from, to, at, width;
   int64_t first, block, run, jump, step, valid;
   int64_t k, q, p, format;
-  int64_t weights, scales, bias, activation, runs;
-  int64_t spare[4];
+  int64_t weights, scales, bias, activation, runs, skip, norm;
+  double epsilon;
+  int64_t spare[1];
 };
 struct Header {
   int64_t magic, bytes, lanes, panel, n, m, scratch, steps;
@@ -65,6 +67,12 @@ struct Chain {
   }
   static int64_t block_rows(const Step& s, int64_t b) { return std::clamp<int64_t>(s.valid - b * s.q, 0, s.q); }
 
+  bool skips() const {
+    for (int64_t i = 0; i < head.steps; ++i)
+      if (steps[i].kind == FINISH && steps[i].skip) return true;
+    return false;
+  }
+
   // What is wrong with the tensor, or nothing. It is ours, but a kernel must not read beyond what it was given.
   const char* wrong(int64_t bytes) const {
     if (bytes < (int64_t)sizeof(Header) || head.magic != MAGIC) return "this is no packed chain";
@@ -85,12 +93,16 @@ struct Chain {
     for (int64_t number : {s.at, s.width, s.first, s.block, s.run, s.jump, s.step, s.valid, s.k, s.q, s.p})
       if (number < 0 || number > MOST) return false;
     if (s.from < X || s.from > SCRATCH || s.to < Y || s.to > SCRATCH) return false;
-    if (s.kind == FINISH) return s.to == Y && s.at + s.width <= head.m && (!s.bias || holds(s.bias, s.width * 4));
+    if (s.kind == FINISH) {
+      if (s.to != Y || s.at != 0 || s.width != head.m || (s.skip != 0 && s.skip != 1)) return false;
+      return (!s.bias || holds(s.bias, s.width * 4)) && (!s.norm || (holds(s.norm, s.width * 8) && s.epsilon > 0));
+    }
     if (s.kind == COPY) {
       if (!holds(s.runs, s.width * 12)) return false;
       const int32_t* run = at<int32_t>(s.runs);
       for (int64_t i = 0; i < s.width; ++i, run += 3)
-        if (run[1] < 0 || run[2] < 0 || int64_t(run[0]) + run[2] > size(s.from) || int64_t(run[1]) + run[2] > size(s.to)) return false;
+        if (run[1] < 0 || run[2] < 0 || (run[0] >= 0 && int64_t(run[0]) + run[2] > size(s.from)) || int64_t(run[1]) + run[2] > size(s.to))
+          return false;
       return true;
     }
     if (s.kind != PRODUCT || s.k < 1 || s.q < 1 || s.p < 1 || s.run < 1 || s.width > s.k * s.p || s.at + s.width > size(s.to)) return false;
@@ -103,7 +115,7 @@ struct Chain {
   }
 };
 
-// y (rows, m) of x (rows, n), without gaps.
-void run(const Chain& chain, const float* x, float* y, size_t rows, const Threads& threads);
+// y (rows, m) of x (rows, n) and, where a step asks for it, of skip (rows, m), all without gaps.
+void run(const Chain& chain, const float* x, const float* skip, float* y, size_t rows, const Threads& threads);
 
 }  // namespace structured

@@ -33,6 +33,7 @@ struct Api {
   Status* dimensions_count(const TensorInfo* i, size_t* out) const { return function<Status*(const TensorInfo*, size_t*)>(61)(i, out); }
   Status* dimensions(const TensorInfo* i, int64_t* out, size_t n) const { return function<Status*(const TensorInfo*, int64_t*, size_t)>(62)(i, out, n); }
   Status* tensor_info(const Value* v, TensorInfo** out) const { return function<Status*(const Value*, TensorInfo**)>(65)(v, out); }
+  Status* input_count(const KernelContext* c, size_t* out) const { return function<Status*(const KernelContext*, size_t*)>(88)(c, out); }
   Status* input(const KernelContext* c, size_t i, const Value** out) const { return function<Status*(const KernelContext*, size_t, const Value**)>(90)(c, i, out); }
   Status* output(KernelContext* c, size_t i, const int64_t* dims, size_t n, Value** out) const {
     return function<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(c, i, dims, n, out);

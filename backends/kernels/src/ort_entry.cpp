@@ -1,4 +1,4 @@
-// structured.kernels::Chain(x, packed) for ONNX Runtime: one node runs a packed chain on the session's own threads.
+// structured.kernels::Chain(x, packed[, skip]) for ONNX Runtime: one node runs a packed chain on the session's own threads.
 #include <cstdlib>
 #include <new>
 
@@ -10,6 +10,7 @@ using namespace structured;
 namespace {
 
 const char* const DOMAIN = "structured.kernels";
+constexpr size_t MOST_AXES = 16;
 
 struct Kernel {
   const ort::Api& api;
@@ -68,33 +69,48 @@ void parallel(void* with, void (*task)(void*, size_t), size_t count, void* data)
   }
 }
 
+// The tensor's shape; its rank is 1 to 16.
+ort::Status* shape_of(const ort::Api& api, const ort::Value* value, int64_t* dims, size_t* rank) {
+  ort::TensorInfo* shape = nullptr;
+  RETURN_IF_WRONG(api.tensor_info(value, &shape));
+  ort::Status* status = api.dimensions_count(shape, rank);
+  if (!status && *rank >= 1 && *rank <= MOST_AXES) status = api.dimensions(shape, dims, *rank);
+  api.release_tensor_info(shape);
+  if (status) return status;
+  return *rank >= 1 && *rank <= MOST_AXES ? nullptr : api.create_status(ort::INVALID_ARGUMENT, "a Chain takes 1 to 16 axes");
+}
+
 ort::Status* compute(void* self, ort::KernelContext* context) {
   const Kernel& kernel = *(const Kernel*)self;
   const ort::Api& api = kernel.api;
   const Chain chain(kernel.packed);
-  const ort::Value* input = nullptr;
+  const ort::Value *input = nullptr, *beside = nullptr;
+  int64_t dims[MOST_AXES], others[MOST_AXES];
+  size_t rank = 0, count = 0, other = 0;
+  RETURN_IF_WRONG(api.input_count(context, &count));
   RETURN_IF_WRONG(api.input(context, 0, &input));
-  ort::TensorInfo* shape = nullptr;
-  RETURN_IF_WRONG(api.tensor_info(input, &shape));
-  int64_t dims[16];
-  size_t rank = 0;
-  ort::Status* status = api.dimensions_count(shape, &rank);
-  if (!status && rank >= 1 && rank <= 16) status = api.dimensions(shape, dims, rank);
-  api.release_tensor_info(shape);
-  if (status) return status;
-  if (rank < 1 || rank > 16 || dims[rank - 1] != chain.head.n) return api.create_status(ort::INVALID_ARGUMENT, "the input of a Chain has another width than its weights");
+  RETURN_IF_WRONG(shape_of(api, input, dims, &rank));
+  if (dims[rank - 1] != chain.head.n) return api.create_status(ort::INVALID_ARGUMENT, "the input of a Chain has another width than its weights");
   size_t rows = 1;
   for (size_t i = 0; i + 1 < rank; ++i) rows *= (size_t)dims[i];
   dims[rank - 1] = chain.head.m;
+  void *x = nullptr, *y = nullptr, *skip = nullptr;
+  if (chain.skips()) {
+    if (count > 2) RETURN_IF_WRONG(api.input(context, 2, &beside));
+    if (!beside) return api.create_status(ort::INVALID_ARGUMENT, "a Chain lacks what it adds");
+    RETURN_IF_WRONG(shape_of(api, beside, others, &other));
+    if (other != rank || std::memcmp(dims, others, rank * sizeof *dims))
+      return api.create_status(ort::INVALID_ARGUMENT, "what a Chain adds has another shape than its output");
+    RETURN_IF_WRONG(api.tensor_data(beside, &skip));
+  }
   ort::Value* output = nullptr;
   RETURN_IF_WRONG(api.output(context, 0, dims, rank, &output));
   if (!rows) return nullptr;
-  void *x = nullptr, *y = nullptr;
   RETURN_IF_WRONG(api.tensor_data(input, &x));
   RETURN_IF_WRONG(api.tensor_data(output, &y));
   Pool pool{api, context, nullptr};
   try {
-    run(chain, (const float*)x, (float*)y, rows, Threads{(int)kernel.threads, parallel, &pool});
+    run(chain, (const float*)x, (const float*)skip, (float*)y, rows, Threads{(int)kernel.threads, parallel, &pool});
   } catch (const std::bad_alloc&) {
     return api.create_status(ort::FAIL, "no memory for a Chain");
   }
@@ -106,12 +122,13 @@ ort::CustomOp chain_op() {
   op.version = ort::API_VERSION;
   op.name = [](const ort::CustomOp*) { return "Chain"; };
   op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
-  op.input_type = [](const ort::CustomOp*, size_t i) -> int { return i ? ort::UINT8 : ort::FLOAT; };
-  op.input_count = [](const ort::CustomOp*) -> size_t { return 2; };
+  op.input_type = [](const ort::CustomOp*, size_t i) -> int { return i == 1 ? ort::UINT8 : ort::FLOAT; };
+  op.input_count = [](const ort::CustomOp*) -> size_t { return 3; };
   op.output_type = [](const ort::CustomOp*, size_t) -> int { return ort::FLOAT; };
   op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
   op.destroy = [](void* kernel) { delete (Kernel*)kernel; };
-  op.input_kind = op.output_kind = [](const ort::CustomOp*, size_t) { return 0; };
+  op.input_kind = [](const ort::CustomOp*, size_t i) { return i == 2 ? 1 : 0; };  // 1: may be absent
+  op.output_kind = [](const ort::CustomOp*, size_t) { return 0; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
   op.variadic_input_least = op.variadic_input_alike = op.variadic_output_least = op.variadic_output_alike = [](const ort::CustomOp*) { return 1; };
   op.create_kernel_v2 = create;

@@ -35,18 +35,20 @@ void structured_layout(int64_t* lanes, int64_t* panel) {
   *panel = PANEL;
 }
 
+int64_t structured_skips(const void* packed) { return Chain(packed).skips(); }
+
 // nullptr, or what is wrong
 const char* structured_check(const void* packed, int64_t bytes) { return Chain(packed).wrong(bytes); }
 
-// x (rows, n) and y (rows, m) float32 without gaps; `packed` aligned to 64 bytes and checked. threads 0: as many as OpenMP has.
-void structured_run(const void* packed, const float* x, float* y, int64_t rows, int64_t threads) {
+// x (rows, n), skip and y (rows, m) float32 without gaps; `packed` aligned to 64 bytes and checked. threads 0: as many as OpenMP has.
+void structured_run(const void* packed, const float* x, const float* skip, float* y, int64_t rows, int64_t threads) {
   const Chain chain(packed);
 #if defined(_OPENMP)
   const int count = threads ? (int)threads : omp_get_max_threads();
 #else
   const int count = 1;
 #endif
-  run(chain, x, y, (size_t)rows, Threads{count, openmp, nullptr});
+  run(chain, x, skip, y, (size_t)rows, Threads{count, openmp, nullptr});
 }
 
 // The multiply-adds of `repeats` tiles whose weights stay in the first cache: what the arithmetic allows at most.

@@ -38,6 +38,15 @@ inline Ints truncated(Floats x) { return __builtin_convertvector(x, Ints); }
 inline Floats pick(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }
 inline Floats smaller(Floats a, Floats b) { return pick(a < b, a, b); }
 inline Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+inline float total(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = x[0];
+  for (int lane = 1; lane < LANES; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
 inline Floats rounded(Floats x) {  // to the nearest, ties to even, for |x| < 2^22
   const Floats big = all(12582912.0f);
 #if defined(__FAST_MATH__)
