@@ -27,6 +27,7 @@ from rewriter.operator import AbstractMatrix
 from rewriter.output_error import OutputErrors
 from rewriter.passes.healing.blockwise import Chain
 from rewriter.passes.healing.targets import Targets
+from rewriter.quantised import Quantised
 from rewriter.registry import parse_passes, structures
 from rewriter.rule import AbstractPass, Context, Decision
 
@@ -46,10 +47,15 @@ class Correct(AbstractPass):
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         decisions = {s.id: context.decisions.get(s.id) or keep(s, "no earlier pass rewrote this one") for s in context.selected}
-        lossy = [d for d in decisions.values() if isinstance(d.operator, AbstractMatrix) and not d.exact]
+        lossy = [d for d in decisions.values() if isinstance(d.operator, AbstractMatrix) and not d.exact and not _rounded(d)]
         if lossy:
             decisions |= {d.site.id: d for d in _Correction(graph, context, _samples(context)).of(lossy)}
         yield from decisions.values()
+
+
+def _rounded(decision: Decision) -> bool:
+    """Whether its weights are integers: a correction would be floats again, so it goes before they are rounded."""
+    return isinstance(decision.operator, Quantised)
 
 
 def _samples(context: Context) -> Samples:

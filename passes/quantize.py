@@ -36,12 +36,18 @@ class Quantize(AbstractPass):
         for site in context.selected:
             refused = self._refused(site, decisions[site.id], context)
             if refused is None:
-                open_sites.append(site)
+                open_sites.append(decisions[site.id].site)
             else:
                 decisions[site.id] = replace(decisions[site.id], reason=refused)
+        for site in open_sites:  # inputs are those of the model as it was given, by which earlier passes judged
+            if decisions[site.id].rewritten:
+                graph.restore(site)
         for group in context.calibration.moments(open_sites):
             for site, moments in context.progress.track(group, f"rounding to {SPELLING}", len(group)):
                 decisions[site.id] = _rounded(graph, context, decisions[site.id], moments)
+        for decision in (decisions[site.id] for site in open_sites):
+            if decision.operator is not None:
+                graph.splice(decision.site, decision.operator, decision.shift)
         yield from decisions.values()
 
     def _refused(self, site: Site, earlier: Decision, context: Context) -> str | None:
@@ -52,17 +58,18 @@ class Quantize(AbstractPass):
             return earlier.reason or reason
         if not earlier.rewritten and not self.dense:
             return _joined(earlier.reason, "no earlier pass rewrote this one, and quantize:dense=false leaves those")
-        assert site.dtype is not None
-        if context.target.stored(site.dtype) != torch.float32:
+        if site.dtype != torch.float32:
             return _joined(earlier.reason, f"its weight is {str(site.dtype).removeprefix('torch.')}; 8 bits stand for float32 here")
         return None
 
 
 def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moments | None) -> Decision:
-    site, weight = decision.site, usable_weight(graph, decision.site)
+    site, before = decision.site, decision.operator
+    exact = isinstance(before, AbstractMatrix) and decision.exact  # of a merged chain no one weight is stored
+    weight = before.dense() if exact and isinstance(before, AbstractMatrix) else usable_weight(graph, site)
     if isinstance(weight, str):
         return keep(site, weight)
-    before = decision.operator if decision.rewritten else Dense(weight.T.contiguous())
+    before = before or Dense(weight.T.contiguous())
     assert isinstance(before, AbstractMatrix)
     floats = before.to(torch.float32)
     made = quantised(floats)
@@ -72,11 +79,12 @@ def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moment
     pays, figures = _weighed(context, floats, made, decision.after if decision.rewritten else decision.before, cost)
     if not pays:
         return replace(decision, reason=_joined(decision.reason, figures))
-    graph.splice(site, made, decision.shift)
-    error = (moments or isotropic(weight.shape[1])).error(weight, made.dense())
+    seen, dense = moments or isotropic(weight.shape[1]), made.dense()
+    shift = None if decision.shift is None else seen.shift(weight, dense)
+    error = seen.error(weight, dense, shifted=shift is not None)
     structure = f"{decision.structure} in {SPELLING}" if decision.structure else SPELLING
     reason = _joined(decision.reason if decision.rewritten else "", figures)
-    return replace(decision, reason=reason, after=cost, operator=made, structure=structure, exact=False, error=error)
+    return replace(decision, reason=reason, after=cost, operator=made, structure=structure, exact=False, error=error, shift=shift)
 
 
 def _weighed(context: Context, floats: AbstractMatrix, integers: AbstractMatrix, before: Cost, after: Cost) -> tuple[bool, str]:

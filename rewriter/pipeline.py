@@ -9,7 +9,8 @@ import importlib
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rewriter.operator import AbstractRecurrence
 from rewriter.options import Options
 from rewriter.places import cache_folder, check_suffix, out_path, publish, size
 from rewriter.progress import Progress
+from rewriter.quantised import Quantised
 from rewriter.report import Latency, OutputError, Report, site_row
 from rewriter.rule import AbstractPass, Context, Decision
 from rewriter.select import select
@@ -261,7 +263,8 @@ def _bound(job: Job, bound: float) -> tuple[int, str] | None:
         for decision in lossy[len(given_up) : count]:
             job.graph.restore(decision.site)
         given_up[:] = lossy[:count]
-        return _certificate(job, job.graph.run).upper <= bound
+        with _running(job) as run:
+            return _certificate(job, run).upper <= bound
 
     low, high = 0, len(lossy)
     if not holds(0):
@@ -276,6 +279,18 @@ def _bound(job: Job, bound: float) -> tuple[int, str] | None:
         if not ok:
             return 3, f"the output error exceeds --max-error {bound} with nothing lossy left; nothing was written"
     return None
+
+
+@contextmanager
+def _running(job: Job) -> Iterator[Run]:
+    """The rewritten model as it will run: a target may round inputs where the graph does not, so what holds integers is emitted."""
+    if job.graph.format == "onnx" or not any(isinstance(d.operator, Quantised) for d in job.decisions.values()):
+        yield job.graph.run
+        return
+    with tempfile.TemporaryDirectory(prefix="rewriter-") as folder:
+        path = Path(folder) / f"model{job.target.suffix}"
+        job.target.emit(job.graph, path, EmitOptions(job.options.opset, False, job.options.token_counts, job.options.threads))
+        yield job.target.open(path, job.options.threads)
 
 
 def _why_nothing(job: Job) -> str:

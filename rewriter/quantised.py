@@ -79,7 +79,7 @@ class Reading:
 
 @dataclass(eq=False)
 class _Weights(CostOps):
-    """The count, noting what products take as their weight and what is used in another way."""
+    """The count, noting what products take as their weight."""
 
     tokens: int = 1
     held: dict[int, int] = field(default_factory=dict)  # id of a constant's width -> id of its tensor

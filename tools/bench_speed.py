@@ -3,8 +3,9 @@
     python tools/bench_speed.py [--shapes 768x3072 4096x4096] [--tokens 1 64] [--factors 4] [--threads 1 2]
 
 Of each family a member that stores 1/F of the numbers, F from 2 to 16. Rows: stock operators and kernels, each in float32 and in int8.
-A cell is "times as fast as dense float32 / as dense int8"; weights are cold up to 8 tokens. Before a table is printed, every form in it
-is compared with its plain form; where one is off, the program ends. Targets stand below each table with what was reached.
+A cell is "times as fast as dense float32 / as dense int8"; weights are cold up to 8 tokens. Before a table is printed, kernels and the
+stock forms in float32 are compared with their plain form; where one is off, the program ends (stock int8 rounds inputs by tensor and is
+held to the same rounding in the tests). Targets stand below each table with what was reached.
 """
 
 from __future__ import annotations

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
+from torch import Tensor
 
+from rewriter.algebra import Dense
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.kernels.following import Following, following
 from rewriter.backends.kernels.pack import Layout, pack
-from rewriter.backends.kernels.plan import NotCovered, Plan, plan
+from rewriter.backends.kernels.plan import NotCovered, plan
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Names, store
 from rewriter.backends.onnx.opaque import SITE, is_opaque, kind, spec_of
+from rewriter.cache import digest
+from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMatrix, skeleton, unflatten
 
 DOMAIN, OP = "structured.kernels", "Chain"
@@ -32,8 +36,10 @@ class Covered:
 
 def cover(model: ir.Model, layout: Layout, threads: int) -> list[Covered]:
     """Every opaque node, in order."""
-    names, constants = Names(model), Constants(model.graph.opset_imports.get("", 20))
-    found = [_cover(node, model, names, constants, layout, threads) for node in list(model.graph.all_nodes()) if is_opaque(node)]
+    if any(node.domain == DOMAIN for node in [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]):
+        raise RewriteError(f"the model holds {DOMAIN} nodes of its own; those are made in memory alone, for one machine: no file has any")
+    under_way = _Cover(model, layout, threads)
+    found = [under_way.node(node) for node in list(model.graph.all_nodes()) if is_opaque(node)]
     if any(not c.reason for c in found):
         model.graph.opset_imports[DOMAIN] = 1
     passes.RemoveUnusedNodesPass()(model)
@@ -41,19 +47,45 @@ def cover(model: ir.Model, layout: Layout, threads: int) -> list[Covered]:
     return found
 
 
-def _cover(node: ir.Node, model: ir.Model, names: Names, constants: Constants, layout: Layout, threads: int) -> Covered:
-    site = node.metadata_props.get(SITE, node.name or "")
-    try:
-        operator = _operator(node, constants)
-        plan(operator)
-    except NotCovered as left:
-        return Covered(site, named(node), str(left))
-    except Exception as problem:  # whatever a file may say of itself, stock operators run what it holds
-        return Covered(site, node.op_type, f"what it says of itself cannot be read: {one_line(problem)}")
-    found = following(node.outputs[0], operator.shape[0], constants)
-    _replace(node, found, plan(operator, found.ending), model, names, layout, threads)
-    constants.forget()
-    return Covered(site, named(node), "", found.said)
+class _Cover:
+    """One model under way; equal layers share their packed weights."""
+
+    def __init__(self, model: ir.Model, layout: Layout, threads: int) -> None:
+        self.model, self.layout, self.threads = model, layout, threads
+        self.names, self.constants = Names(model), Constants(model.graph.opset_imports.get("", 20))
+        self.stored: dict[str, ir.Value] = {}  # packed weights by their hash
+
+    def node(self, node: ir.Node) -> Covered:
+        site = node.metadata_props.get(SITE, node.name or "")
+        try:
+            operator = _operator(node, self.constants)
+            found = following(node.outputs[0], operator.shape[0], self.constants)
+            packed = pack(plan(operator, found.ending), self.layout)
+            said = named(node)
+        except NotCovered as left:
+            return Covered(site, node.op_type, str(left))
+        except Exception as problem:  # whatever a file may say of itself, stock operators run what it holds
+            return Covered(site, node.op_type, f"what it says of itself cannot be read: {one_line(problem)}")
+        self._replace(node, found, packed)
+        self.constants.forget()
+        return Covered(site, said, "", found.said)
+
+    def _replace(self, node: ir.Node, found: Following, packed: Tensor) -> None:
+        """One Chain from the node's x to what follows it; what lay between is unused then and goes."""
+        end, key = found.end, digest(packed.numpy().tobytes())
+        if key not in self.stored:
+            self.stored[key] = store(self.model, self.names, packed, f"{node.metadata_props.get(SITE, OP)}.packed")
+        options = [ir.AttrInt64("threads", self.threads), ir.AttrInt64("bytes", packed.numel())]
+        name = self.names.unused(f"{OP}_{node.name or 'site'}")
+        chain = ir.Node(DOMAIN, OP, [node.inputs[0], self.stored[key], *found.skip], options, version=1, name=name)
+        made = chain.outputs[0]
+        made.shape, made.type = end.shape, end.type or ir.TensorType(ir.DataType.FLOAT)
+        producer = end.producer()
+        assert producer is not None and producer.graph is not None
+        producer.graph.insert_after(producer, chain)
+        known = end.name
+        end.replace_all_uses_with(made, replace_graph_outputs=True)
+        end.name, made.name = self.names.unused(f"{known}.before"), known
 
 
 def named(node: ir.Node) -> str:
@@ -80,23 +112,10 @@ def _operator(node: ir.Node, constants: Constants) -> AbstractMatrix:
             raise NotCovered(f"a weight is {tensor.dtype} {list(tensor.shape)}, its spec says {leaf.dtype} {list(leaf.shape)}")
     made = unflatten(spec, tensors)
     assert isinstance(made, AbstractMatrix)
+    if isinstance(made, Dense):
+        raise NotCovered("a dense weight is left to ONNX Runtime")
+    made.cost()  # sizes that do not fit together are an assertion there, before anything is allocated
+    for value, width in zip((x, node.outputs[0]), reversed(made.shape), strict=True):
+        if value.shape is None or len(value.shape) == 0 or value.shape[-1] != width:
+            raise NotCovered(f"{value.name} is {value.shape}, its spec says {width} features")
     return made
-
-
-def _replace(node: ir.Node, found: Following, steps: Plan, model: ir.Model, names: Names, layout: Layout, threads: int) -> None:
-    """One Chain from the node's x to what follows it; what lay between is unused then and goes."""
-    end = found.end
-    packed = pack(steps, layout)
-    weights = store(model, names, packed, f"{node.metadata_props.get(SITE, OP)}.packed")
-    options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
-    chain = ir.Node(
-        DOMAIN, OP, [node.inputs[0], weights, *found.skip], options, version=1, name=names.unused(f"{OP}_{node.name or 'site'}")
-    )
-    made = chain.outputs[0]
-    made.shape, made.type = end.shape, end.type or ir.TensorType(ir.DataType.FLOAT)
-    producer = end.producer()
-    assert producer is not None and producer.graph is not None
-    producer.graph.insert_after(producer, chain)
-    name = end.name
-    end.replace_all_uses_with(made, replace_graph_outputs=True)
-    end.name, made.name = names.unused(f"{name}.before"), name

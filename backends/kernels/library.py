@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +142,7 @@ class Kernels:
             raise RewriteError(f"the kernel adds {list(y.shape)} float32 numbers, not {list(added.shape)} {added.dtype}")
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (packed, rows, added, y)]
         self.library.structured_run(*pointers, ctypes.c_int64(len(rows)), ctypes.c_int64(threads or torch.get_num_threads()))
-        return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+        return y.reshape(*x.shape[:-1], outputs)
 
     def _check(self, packed: Tensor, rows: Tensor, outputs: int) -> None:
         wrong = self.library.structured_check(ctypes.c_void_p(packed.data_ptr()), ctypes.c_int64(packed.numel()))
@@ -167,7 +168,22 @@ def _share_openmp() -> None:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
+_ONE = threading.Lock()
+
+
 @functools.cache
+def _opened(instructions: str) -> Kernels:
+    try:
+        return Kernels(build(instructions))
+    except OSError as problem:
+        where = f"{problem.filename or default_folder()}: {problem.strerror or problem}"
+        raise RewriteError(f"the kernels cannot be kept or opened ({where}); set REWRITER_CACHE") from problem
+
+
 def kernels(instructions: str = "") -> Kernels:
     """The library of this machine, built if need be; RewriteError where it cannot be."""
-    return Kernels(build(instructions))
+    with _ONE:  # whoever comes second waits for the first one's compiler
+        return _opened(instructions)
+
+
+kernels.cache_clear = _opened.cache_clear  # type: ignore[attr-defined]

@@ -144,6 +144,8 @@ class PlanOps:
         return torch.arange(start, start + self.made[-1].columns)
 
     def scaled(self, values: Tensor, scales: Tensor) -> Integers:
+        if values.dtype != torch.int8:
+            raise NotCovered(f"its integers are {values.dtype}, not int8")
         if values.shape[-2] > MOST_ROWS:
             raise NotCovered(f"sums over {values.shape[-2]:,} products of 8 bits may not fit in 32")
         return Integers(values, scales)

@@ -23,8 +23,10 @@ from rewriter.backends.onnx.run import CPU, Session, loadable
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
+from rewriter.quantised import quantised
 from rewriter.tolerances import EQUAL
 
+_registered: dict[int, Any] = {}  # options that know our operators, held so that no others get their id
 OLDEST = (1, 17)  # the first ONNX Runtime whose function table has all that the kernels call
 
 
@@ -34,7 +36,7 @@ def inference_session(path: str | Path, sess_options: Any = None, providers: Seq
 
     options = sess_options if sess_options is not None else ort.SessionOptions()  # type: ignore[attr-defined]
     model = load_onnx(path)
-    threads = options.intra_op_num_threads or len(os.sched_getaffinity(0))
+    threads = options.intra_op_num_threads or cores()
     try:
         library = trusted()
     except RewriteError as problem:
@@ -42,9 +44,16 @@ def inference_session(path: str | Path, sess_options: Any = None, providers: Seq
         return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
     if not any(not c.reason for c in cover(model, library.layout, threads)):
         return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
-    options.register_custom_ops_library(str(library.path))
+    if id(options) not in _registered:
+        options.register_custom_ops_library(str(library.path))
+        _registered[id(options)] = options
     with loadable(model) as source:
         return ort.InferenceSession(source, options, providers=providers or [CPU])  # type: ignore[attr-defined]
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_covered(path: str | Path, threads: int, provider: str = CPU) -> Session:
@@ -78,14 +87,17 @@ def check(library: Kernels) -> None:
     from rewriter.algebra import BlockDiagonal, Compose, Dense
 
     rng = torch.Generator().manual_seed(0)
-    blocks, dense = torch.randn(3, 5, 21, generator=rng), torch.randn(63, 70, generator=rng)
-    steps = plan(Compose((BlockDiagonal(blocks), Dense(dense))), Ending(torch.randn(70, generator=rng), "gelu"))
-    x = torch.randn(7, 15, generator=rng)
-    found = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"]
-    rtol, atol = EQUAL[torch.float32]
-    if not torch.allclose(found, naive.run(steps, x), rtol, atol):
-        off = (found - naive.run(steps, x)).abs().max()
-        raise RewriteError(f"the kernels are off by {off:.1e} from their plain form on this machine; they are not used")
+    floats = Compose((BlockDiagonal(torch.randn(3, 5, 21, generator=rng)), Dense(torch.randn(63, 70, generator=rng))))
+    integers = quantised(Dense(torch.randn(70, 33, generator=rng)))
+    assert integers is not None
+    for operator in (floats, integers):
+        steps = plan(operator, Ending(torch.randn(operator.shape[0], generator=rng), "gelu"))
+        x = torch.randn(7, steps.inputs, generator=rng)
+        found, wanted = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"], naive.run(steps, x)
+        rtol, atol = EQUAL[torch.float32]
+        if not torch.allclose(found, wanted, rtol, atol):
+            off = (found - wanted).abs().max()
+            raise RewriteError(f"the kernels are off by {off:.1e} from their plain form on this machine; they are not used")
 
 
 def session_of(packed: torch.Tensor | Sequence[torch.Tensor], inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:

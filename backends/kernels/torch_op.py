@@ -18,6 +18,7 @@ from rewriter.backends.fx.trace import decomposed
 from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import Ending, NotCovered, plan
+from rewriter.backends.kernels.session import trusted
 from rewriter.operator import AbstractMatrix, unflatten
 
 LIBRARY.define("chain(Tensor x, Tensor packed, int outputs) -> Tensor")
@@ -43,7 +44,7 @@ _ACTIVATIONS: dict[Any, str] = {
 
 def with_kernels(graph: FxGraph) -> nn.Module:
     """The program as a module, called as ever; RewriteError where there are no kernels. Uncovered layers run in plain aten."""
-    library = kernels()
+    library = trusted()
     clean = graph.clone()
     clean.prune()
     module = as_module(decomposed(clean.program, {MAP: map_body}))
@@ -101,7 +102,8 @@ def _bias_after(module: GraphModule, node: Node, width: int) -> tuple[Tensor, No
     other = user.args[1] if user.args[0] is node else user.args[0]
     if not isinstance(other, Node) or other.op != "get_attr" or tuple(other.meta["val"].shape) != (width,):
         return None
-    return _stored(module, other), user
+    bias = _stored(module, other)
+    return (bias, user) if isinstance(bias, nn.Parameter) else None  # a buffer may change
 
 
 def _activation_after(node: Node) -> tuple[str, Node] | None:

@@ -94,7 +94,11 @@ def test_what_is_covered_and_what_goes_with_it(rewritten: Path) -> None:
 def test_options_are_kept(rewritten: Path) -> None:
     options = ort.SessionOptions()  # type: ignore[attr-defined]
     options.intra_op_num_threads = 1
-    agree(rewritten, rewriter.inference_session(rewritten, options))
+    options.log_severity_level = 3
+    model = rewriter.inference_session(rewritten, options)
+    agree(rewritten, model)
+    kept = model.get_session_options()
+    assert (kept.intra_op_num_threads, kept.log_severity_level) == (1, 3)
 
 
 @pytest.mark.parametrize("switch", [{"REWRITER_KERNELS": "off"}, {"CXX": "", "PATH": os.devnull}], ids=["off", "no compiler"])
@@ -102,7 +106,7 @@ def test_without_kernels_stock_runs_and_a_warning_says_why(
     rewritten: Path, switch: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     session.trusted.cache_clear()
-    library.kernels.cache_clear()
+    library.kernels.cache_clear()  # type: ignore[attr-defined]
     for name, value in switch.items():
         monkeypatch.setenv(name, value)
     with pytest.warns(RuntimeWarning, match=r"net\.onnx runs on stock operators: (no C|kernels are switched off)"):
@@ -153,14 +157,17 @@ def test_a_spec_that_lies_about_its_weights_is_not_covered(rewritten: Path) -> N
     assert "its spec says" in first.reason and not any(c.reason for c in others)
 
 
-def test_a_run_may_time_and_choose_by_kernels(tmp_path: Path) -> None:
-    """Small layers that stock operators make slower: in kernels they pay, and what was opened ran in them."""
+def test_a_run_may_time_and_choose_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is certified and timed was opened with kernels."""
+    from rewriter.backends.onnx import target
     from rewriter.backends.onnx.target import OnnxRuntimeTarget
 
     torch.manual_seed(0)
     options = {"inputs": ["x:float32[batch,time,32]"], "target": "onnxruntime", "kernels": True, "tokens": "8"}
-    path = tmp_path / "m.onnx"
+    path, opened = tmp_path / "m.onnx", list[Path]()
+    monkeypatch.setattr(target, "open_covered", lambda path, *rest: opened.append(path) or session.open_covered(path, *rest))
     result = rewriter.rewrite(Block(), "monarch:blocks=4:rank=2", out=str(path), objective="params", force=True, **options)  # type: ignore[arg-type]
+    assert len(opened) == 3  # to certify, and both to time
     assert result.exit_code == 0 and result.report.latency[0].ratio is not None
     runner = OnnxRuntimeTarget(kernels=True).open(path, 1)
     x = torch.randn(2, 8, 32)
@@ -193,11 +200,11 @@ def test_other_targets_have_no_kernels(target: str) -> None:
 
 def test_without_kernels_an_explicit_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     session.trusted.cache_clear()
-    library.kernels.cache_clear()
+    library.kernels.cache_clear()  # type: ignore[attr-defined]
     monkeypatch.setenv("REWRITER_KERNELS", "off")
     with pytest.raises(RewriteError, match="switched off"):
         rewriter.plan(Block(), "low-rank", ["x:float32[batch,time,32]"], target="onnxruntime", kernels=True)
-    library.kernels.cache_clear()
+    library.kernels.cache_clear()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("spec", ["", "[]", "{}", '{"operator":"Monarch","fields":{}}', '{"operator":"None","fields":{}}', '{"tensor":0}'])
@@ -213,3 +220,49 @@ def test_specs_that_cannot_be_read_leave_the_node_to_stock(rewritten: Path, spec
     first, *others = session.coverage(path)
     assert first.reason.startswith("what it says of itself cannot be read: ") and not any(c.reason for c in others)
     agree(path, rewriter.inference_session(path))
+
+
+def test_nodes_of_our_domain_in_a_file_are_refused(rewritten: Path, tmp_path: Path) -> None:
+    """Packed weights are trusted by the kernel beyond what it checks cheaply; so no file may bring any."""
+    import onnx_ir as ir
+
+    model = ir.load(rewritten)
+    x = model.graph.inputs[0]
+    model.graph.append(ir.Node("structured.kernels", "Chain", [x, x]))
+    model.graph.opset_imports["structured.kernels"] = 1
+    path = tmp_path / "own.onnx"
+    ir.save(model, path)
+    with pytest.raises(RewriteError, match=r"holds structured\.kernels nodes of its own"):
+        rewriter.inference_session(path)
+
+
+def test_options_serve_several_sessions(rewritten: Path) -> None:
+    options = ort.SessionOptions()  # type: ignore[attr-defined]
+    for _ in range(2):
+        agree(rewritten, rewriter.inference_session(rewritten, options))
+
+
+def test_a_folder_that_takes_nothing_is_a_warning(rewritten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.trusted.cache_clear()
+    library.kernels.cache_clear()  # type: ignore[attr-defined]
+    monkeypatch.setenv("REWRITER_CACHE", "/proc/nowhere")
+    with pytest.warns(RuntimeWarning, match="the kernels cannot be kept or opened"):
+        agree(rewritten, rewriter.inference_session(rewritten))
+    library.kernels.cache_clear()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("change", ["inputs 32 30", "inputs 32 300000000", "outputs 96 90"])
+def test_specs_of_other_widths_leave_the_node_to_stock(rewritten: Path, change: str, tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    from rewriter.backends.onnx.opaque import SPEC, is_opaque
+
+    model = ir.load(rewritten)
+    node = next(n for n in model.graph.all_nodes() if is_opaque(n))
+    name, old, new = change.split()
+    assert f'"{name}":{old}' in node.metadata_props[SPEC]
+    node.metadata_props[SPEC] = node.metadata_props[SPEC].replace(f'"{name}":{old}', f'"{name}":{new}')
+    ir.save(model, tmp_path / "odd.onnx")
+    first, *_ = session.coverage(tmp_path / "odd.onnx")
+    assert first.reason
+    agree(tmp_path / "odd.onnx", rewriter.inference_session(tmp_path / "odd.onnx"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rewriter import cli
-from rewriter.backends.kernels import library
+from rewriter.backends.kernels import library, session, status
 from tests.kernels.test_session import fresh, rewritten
 
 __all__ = ["fresh", "rewritten"]
@@ -31,6 +31,8 @@ def test_what_is_not_built_is_not_built_by_asking(
 
 
 def test_build_compiles_again(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = session.trusted()
+    monkeypatch.setattr(status, "trusted", lambda: real)
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
     commands = []
     monkeypatch.setattr(library, "_compile", lambda command: commands.append(command) or Path(command[-1]).write_bytes(b""))

@@ -392,12 +392,11 @@ class Run {
     }
     for (; i < s.width; ++i) rest += y[i] - mean, sum += (y[i] - mean) * (y[i] - mean);
     rest = (rest + total(rests)) / s.width;
-    mean += rest;
     const float inverse = 1.0f / std::sqrt(std::max((sum + total(sums)) / s.width - rest * rest, 0.0f) + (float)s.epsilon);
     const float *gamma = chain_.at<float>(s.norm), *beta = gamma + s.width;
     for (i = 0; i + LANES <= s.width; i += LANES)
-      store(y + i, (load<Floats>(y + i) - mean) * inverse * load<Floats>(gamma + i) + load<Floats>(beta + i));
-    for (; i < s.width; ++i) y[i] = (y[i] - mean) * inverse * gamma[i] + beta[i];
+      store(y + i, (load<Floats>(y + i) - mean - rest) * inverse * load<Floats>(gamma + i) + load<Floats>(beta + i));
+    for (; i < s.width; ++i) y[i] = (y[i] - mean - rest) * inverse * gamma[i] + beta[i];
   }
 };
 

@@ -16,6 +16,8 @@ namespace structured {
 
 constexpr int64_t MAGIC = 0x314e494148434b52;  // "RKCHAIN1"
 enum Kind : int64_t { PRODUCT = 1, COPY, FINISH };
+constexpr int64_t MOST = int64_t(1) << 31;  // of any size
+constexpr int64_t ALIGNED = 16;             // floats to which pieces of the scratch are rounded up
 constexpr int64_t MOST_INT8 = 65536;  // rows whose products of 8 bits fit in 32
 enum Area : int64_t { X, Y, SCRATCH };
 
@@ -25,7 +27,7 @@ struct Step {  // 24 numbers of 8 bytes; offsets in bytes from the tensor's star
   int64_t k, q, p, format;
   int64_t weights, scales, bias, activation, runs, skip, norm;
   double epsilon;
-  int64_t spare[1];
+  int64_t spare;
 };
 struct Header {
   int64_t magic, bytes, lanes, panel, n, m, scratch, steps;
@@ -79,9 +81,12 @@ struct Chain {
     if (head.lanes != LANES || head.panel != PANEL) return "the chain was packed for another CPU";
     if (head.bytes != bytes || head.n < 1 || head.m < 1 || head.scratch < 0 || head.steps < 1 || head.steps > 4096) return "the header is damaged";
     if (bytes < (int64_t)(sizeof(Header) + head.steps * sizeof(Step))) return "the chain is cut short";
-    for (int64_t i = 0; i < head.steps; ++i)
+    int64_t used = 0;
+    for (int64_t i = 0; i < head.steps; ++i) {
       if (!fits(steps[i])) return "a step reaches beyond its tensor";
-    return nullptr;
+      used += steps[i].kind == PRODUCT ? round_up(steps[i].k * steps[i].p, ALIGNED) + round_up(steps[i].k * steps[i].q, ALIGNED) : 0;
+    }
+    return head.scratch <= used && head.n <= MOST && head.m <= MOST ? nullptr : "the header is damaged";
   }
 
  private:
@@ -89,7 +94,6 @@ struct Chain {
   bool holds(int64_t offset, int64_t bytes) const { return offset >= 0 && offset % 64 == 0 && bytes >= 0 && bytes <= head.bytes && offset <= head.bytes - bytes; }
 
   bool fits(const Step& s) const {
-    constexpr int64_t MOST = int64_t(1) << 31;
     for (int64_t number : {s.at, s.width, s.first, s.block, s.run, s.jump, s.step, s.valid, s.k, s.q, s.p})
       if (number < 0 || number > MOST) return false;
     if (s.from < X || s.from > SCRATCH || s.to < Y || s.to > SCRATCH) return false;

@@ -1,4 +1,5 @@
 // structured.kernels::Chain(x, packed[, skip]) for ONNX Runtime: one node runs a packed chain on the session's own threads.
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 
@@ -11,6 +12,7 @@ namespace {
 
 const char* const DOMAIN = "structured.kernels";
 constexpr size_t MOST_AXES = 16;
+constexpr int64_t MOST_THREADS = 1024;
 
 struct Kernel {
   const ort::Api& api;
@@ -51,7 +53,7 @@ ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::Kernel
     std::free(copy);
     return api->create_status(ort::INVALID_ARGUMENT, wrong);
   }
-  *out = new Kernel{*api, threads, data, copy};
+  *out = new Kernel{*api, std::clamp<int64_t>(threads, 1, MOST_THREADS), data, copy};
   return nullptr;
 }
 
