@@ -79,8 +79,9 @@ def forms(work: Path, budget: float, minutes: float, threads: int, tokens: str) 
 
 
 def _compiled(threads: int) -> Run:
-    module = load_folder(folder()).module.eval()
-    compiled = torch.compile(module)
+    from transformers import AutoModel
+
+    compiled = torch.compile(AutoModel.from_pretrained(folder()).eval(), dynamic=True)  # not our reader's wrapper, which it traces anew
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad(), on(threads):
