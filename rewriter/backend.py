@@ -35,6 +35,7 @@ class Target(Protocol):
     """A place that models are emitted for."""
 
     name: str  # "onnxruntime" | "onnx" | "torch"
+    timed_as: str  # what else times depend on: the name, and how it is run
     suffix: str  # ".onnx" | ".pt2"
     accepts: tuple[str, ...]  # graph formats it can emit: "torch", "onnx"
 

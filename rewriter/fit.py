@@ -111,7 +111,7 @@ def timed(context: Context, plan: Plan) -> bool:
 def fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
     """What a fit depends on. `model` is the graph's fingerprint: a site's input moments depend on everything before it."""
     asked = ",".join(s.spelling() for s in plan.structures)
-    speed = (context.target.name, context.tokens, context.threads, hardware(), sources()) if timed(context, plan) else ()
+    speed = (context.target.timed_as, context.tokens, context.threads, hardware(), sources()) if timed(context, plan) else ()
     how = (asked, plan.share, plan.explicit, plan.chosen, context.objective, context.seed)
     return digest(model, site.id, *how, speed, context.calibration.key, sources(FITTING))
 

@@ -57,7 +57,7 @@ def as_module(program: ExportedProgram) -> GraphModule:
 class TorchTarget:
     """See rewriter.backend.Target."""
 
-    name = "torch"
+    name = timed_as = "torch"
     suffix = ".pt2"
     accepts = ("torch",)
 

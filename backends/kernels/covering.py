@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from torch import Tensor
 
-from rewriter.algebra import Dense
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.kernels.following import Following, following
 from rewriter.backends.kernels.pack import Layout, pack
-from rewriter.backends.kernels.plan import NotCovered, plan
+from rewriter.backends.kernels.plan import NotCovered, for_session
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Names, store
 from rewriter.backends.onnx.opaque import SITE, is_opaque, kind, spec_of
@@ -31,7 +31,7 @@ class Covered:
     site: str
     kind: str
     reason: str  # why the kernels leave it; empty where they take it
-    fused: tuple[str, ...] = ()  # what went with it: "bias", the activation's name
+    fused: tuple[str, ...] = ()  # what went with it, see Following.said
 
 
 def cover(model: ir.Model, layout: Layout, threads: int) -> list[Covered]:
@@ -60,7 +60,7 @@ class _Cover:
         try:
             operator = _operator(node, self.constants)
             found = following(node.outputs[0], operator.shape[0], self.constants)
-            packed = pack(plan(operator, found.ending), self.layout)
+            packed = pack(for_session(operator, found.ending), self.layout)
             said = named(node)
         except NotCovered as left:
             return Covered(site, node.op_type, str(left))
@@ -75,9 +75,8 @@ class _Cover:
         end, key = found.end, digest(packed.numpy().tobytes())
         if key not in self.stored:
             self.stored[key] = store(self.model, self.names, packed, f"{node.metadata_props.get(SITE, OP)}.packed")
-        options = [ir.AttrInt64("threads", self.threads), ir.AttrInt64("bytes", packed.numel())]
-        name = self.names.unused(f"{OP}_{node.name or 'site'}")
-        chain = ir.Node(DOMAIN, OP, [node.inputs[0], self.stored[key], *found.skip], options, version=1, name=name)
+        chain = chain_node([node.inputs[0], self.stored[key], *found.skip], packed, self.threads)
+        chain.name = self.names.unused(f"{OP}_{node.name or 'site'}")
         made = chain.outputs[0]
         made.shape, made.type = end.shape, end.type or ir.TensorType(ir.DataType.FLOAT)
         producer = end.producer()
@@ -86,6 +85,12 @@ class _Cover:
         known = end.name
         end.replace_all_uses_with(made, replace_graph_outputs=True)
         end.name, made.name = self.names.unused(f"{known}.before"), known
+
+
+def chain_node(inputs: Sequence[ir.Value | None], packed: Tensor, threads: int) -> ir.Node:
+    """Chain(x, packed[, what is added])."""
+    options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
+    return ir.Node(DOMAIN, OP, inputs, options, version=1)
 
 
 def named(node: ir.Node) -> str:
@@ -112,8 +117,6 @@ def _operator(node: ir.Node, constants: Constants) -> AbstractMatrix:
             raise NotCovered(f"a weight is {tensor.dtype} {list(tensor.shape)}, its spec says {leaf.dtype} {list(leaf.shape)}")
     made = unflatten(spec, tensors)
     assert isinstance(made, AbstractMatrix)
-    if isinstance(made, Dense):
-        raise NotCovered("a dense weight is left to ONNX Runtime")
     made.cost()  # sizes that do not fit together are an assertion there, before anything is allocated
     for value, width in zip((x, node.outputs[0]), reversed(made.shape), strict=True):
         if value.shape is None or len(value.shape) == 0 or value.shape[-1] != width:

@@ -56,29 +56,48 @@ def following(value: ir.Value, width: int, constants: Constants) -> Following:
     return Following(value, Ending(bias, activation, bool(skip), norm), skip)
 
 
+def _only_use(value: ir.Value, kind: str) -> tuple[ir.Node, int] | None:
+    """The value's only user and which input it is there, where that is a standard node of this kind."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != kind or uses[0].node.domain not in ("", "ai.onnx"):
+        return None
+    return uses[0].node, uses[0].idx
+
+
+def bias_after(value: ir.Value, width: int, constants: Constants) -> tuple[Tensor, ir.Value] | None:
+    """The (width,) bias that the value's only user adds, and the sum."""
+    if (use := _only_use(value, "Add")) is None:
+        return None
+    node, at = use
+    other = node.inputs[1 - at]
+    if other is None or not constants.is_const(other):
+        return None
+    bias = constants.load(other)
+    if bias.dim() > 1 or bias.numel() not in (1, width) or bias.dtype != torch.float32:
+        return None
+    return bias.reshape(-1).expand(width).contiguous(), node.outputs[0]
+
+
 def sum_after(value: ir.Value, constants: Constants) -> tuple[ir.Value, ir.Value] | None:
     """The value of the same shape that the value's only user adds, and the sum; that shape has to be known."""
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain not in ("", "ai.onnx"):
+    if (use := _only_use(value, "Add")) is None or value.shape is None:
         return None
-    node = uses[0].node
-    other = node.inputs[1 - uses[0].idx]
-    if other is None or constants.is_const(other) or other is value or value.shape is None or value.shape != other.shape:
+    node, at = use
+    other = node.inputs[1 - at]
+    if other is None or constants.is_const(other) or value.shape != other.shape or other.dtype != ir.DataType.FLOAT:
         return None
-    if any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape) or other.dtype != ir.DataType.FLOAT:
-        return None
-    return other, node.outputs[0]
+    unknown = any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape)
+    return None if unknown else (other, node.outputs[0])
 
 
 def norm_after(value: ir.Value, width: int, constants: Constants) -> tuple[Norm, ir.Value] | None:
     """The LayerNormalization over the features that the value's only user is, and its result."""
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "LayerNormalization" or uses[0].idx != 0:
+    use = _only_use(value, "LayerNormalization")
+    if use is None or use[1] != 0 or value.shape is None:
         return None
-    node = uses[0].node
+    node, _ = use
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
-    rank = len(value.shape) if value.shape is not None else 0
-    if axis not in (-1, rank - 1) or any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
+    if axis not in (-1, len(value.shape) - 1) or any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
         return None
     given = [v for v in node.inputs[1:] if v is not None]
     if not given or not all(constants.is_const(v) for v in given):
@@ -88,21 +107,6 @@ def norm_after(value: ir.Value, width: int, constants: Constants) -> tuple[Norm,
         return None
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
     return Norm(gamma, beta, epsilon), node.outputs[0]
-
-
-def bias_after(value: ir.Value, width: int, constants: Constants) -> tuple[Tensor, ir.Value] | None:
-    """The (width,) bias that the value's only user adds, and the sum."""
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "Add":
-        return None
-    node = uses[0].node
-    other = node.inputs[1 - uses[0].idx]
-    if other is None or not constants.is_const(other) or node.domain not in ("", "ai.onnx"):
-        return None
-    bias = constants.load(other)
-    if bias.dim() > 1 or bias.numel() not in (1, width) or bias.dtype != torch.float32:
-        return None
-    return bias.reshape(-1).expand(width).contiguous(), node.outputs[0]
 
 
 def activation_after(value: ir.Value, constants: Constants) -> tuple[str, ir.Value] | None:

@@ -172,7 +172,8 @@ _ONE = threading.Lock()
 
 
 @functools.cache
-def _opened(instructions: str) -> Kernels:
+def opened(instructions: str) -> Kernels:
+    """See `kernels`."""
     try:
         return Kernels(build(instructions))
     except OSError as problem:
@@ -183,7 +184,4 @@ def _opened(instructions: str) -> Kernels:
 def kernels(instructions: str = "") -> Kernels:
     """The library of this machine, built if need be; RewriteError where it cannot be."""
     with _ONE:  # whoever comes second waits for the first one's compiler
-        return _opened(instructions)
-
-
-kernels.cache_clear = _opened.cache_clear  # type: ignore[attr-defined]
+        return opened(instructions)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rewriter.backends.kernels.pack import rounded
 from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Ending, Plan, Product, X, Y
+from rewriter.quantised import rounded
 
 ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda y: y,
@@ -46,7 +46,7 @@ def _product(step: Product, areas: dict[int, Tensor], weights: str) -> None:
     weights = weights if step.scale is None else "int8"
     weight = _stored(step.weight, weights) if step.scale is None else step.weight * step.scale[:, None]
     made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), weights), weight).flatten(1)
-    areas[step.target][:, step.at : step.at + step.width] = finished(Ending(step.bias, step.activation), made[:, : step.width])
+    areas[step.target][:, step.at : step.at + step.width] = finished(step.ending, made[:, : step.width])
 
 
 def _stored(weight: Tensor, weights: str) -> Tensor:
@@ -55,7 +55,7 @@ def _stored(weight: Tensor, weights: str) -> Tensor:
     if weights == "bfloat16":
         return weight.bfloat16().float()
     integers, scale = rounded(weight.float())
-    return integers * scale[:, None]
+    return integers * scale
 
 
 def _multiplied(x: Tensor, weights: str) -> Tensor:

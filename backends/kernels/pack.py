@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.kernels.plan import ACTIVATIONS, ZERO, Copy, Ending, Finish, Plan, Product, Y
+from rewriter.quantised import rounded
 
 MAGIC = 0x314E494148434B52
 FORMATS = ("float32", "bfloat16", "weight8", "int8")  # as the kernel numbers them
@@ -67,13 +68,19 @@ def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layou
         return {"kind": 2, "source": step.source, "target": step.target, "width": len(runs), "runs": data.add(runs)}
     if isinstance(step, Finish):
         return {"kind": 3, "target": Y, "width": plan.outputs, **_ending(step.ending, data)}
-    last = _ending(Ending(step.bias, step.activation), data)
     k, q, p = step.weight.shape
     weights = weights if step.scale is None else "int8"
     packed, scales = packed_weight(step.weight, step.scale, layout, weights)
     places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid")}
     sizes = {"k": k, "q": q, "p": p, "format": FORMATS.index(weights)}
-    return {"kind": 1, **places, **sizes, "weights": data.add(packed), "scales": data.add(*scales) if scales else 0, **last}
+    return {
+        "kind": 1,
+        **places,
+        **sizes,
+        "weights": data.add(packed),
+        "scales": data.add(*scales) if scales else 0,
+        **_ending(step.ending, data),
+    }
 
 
 def _ending(ending: Ending, data: _Bytes) -> dict[str, int]:
@@ -110,13 +117,6 @@ def packed_weight(weight: Tensor, scale: Tensor | None, layout: Layout, weights:
     if weights == "weight8":
         return _panels(integers, layout, 1), [scale]
     return _panels(integers, layout, 4), [scale, integers.sum(1, dtype=torch.int32)]
-
-
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(k, q, p) as int8 and a scale (k, p): weight ~ int8 * scale."""
-    scale = weight.abs().amax(1) / 127
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def _panels(weight: Tensor, layout: Layout, unit: int) -> Tensor:

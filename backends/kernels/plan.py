@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from rewriter.algebra import Dense
 from rewriter.operator import AbstractMatrix
 
 ZERO = -1  # the address of padding
@@ -25,35 +26,6 @@ ALIGN = 16  # floats that scratch offsets are multiples of
 
 class NotCovered(Exception):
     """The kernel has no step for this; what follows runs as it did."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """to[at + b*p + j] = sum_i from[first + b*block + i//run*jump + i%run*step] w[b, i, j]; rows beyond the `valid` of the k*q are zero."""
-
-    weight: Tensor  # (k, q, p)
-    scale: Tensor | None  # (k, p) of a weight of integers, which are multiplied as such
-    source: int  # area
-    first: int
-    block: int
-    run: int
-    jump: int
-    step: int
-    valid: int
-    target: int  # area
-    at: int
-    width: int  # columns of the k*p that are wanted
-    bias: Tensor | None = None  # (width,), added at the end
-    activation: str = ""  # of ACTIVATIONS, then applied
-
-
-@dataclass(frozen=True)
-class Copy:
-    """to[pairs[i, 1]] = from[pairs[i, 0]], zero where that is ZERO."""
-
-    source: int
-    target: int
-    pairs: Tensor  # (count, 2) int32
 
 
 @dataclass(frozen=True)
@@ -80,6 +52,37 @@ class Ending:
         return self.skip or self.norm is not None
 
 
+NOTHING = Ending()
+
+
+@dataclass(frozen=True)
+class Product:
+    """to[at + b*p + j] = sum_i from[first + b*block + i//run*jump + i%run*step] w[b, i, j]; rows beyond the `valid` of the k*q are zero."""
+
+    weight: Tensor  # (k, q, p)
+    scale: Tensor | None  # (k, p) of a weight of integers, which are multiplied as such
+    source: int  # area
+    first: int
+    block: int
+    run: int
+    jump: int
+    step: int
+    valid: int
+    target: int  # area
+    at: int
+    width: int  # columns of the k*p that are wanted
+    ending: Ending = NOTHING  # of the wanted columns: bias and activation
+
+
+@dataclass(frozen=True)
+class Copy:
+    """to[pairs[i, 1]] = from[pairs[i, 0]], zero where that is ZERO."""
+
+    source: int
+    target: int
+    pairs: Tensor  # (count, 2) int32
+
+
 @dataclass(frozen=True)
 class Finish:
     """An ending as a step of its own."""
@@ -87,7 +90,6 @@ class Finish:
     ending: Ending
 
 
-NOTHING = Ending()
 Step = Product | Copy | Finish
 
 
@@ -190,6 +192,13 @@ def plan(operator: AbstractMatrix, ending: Ending = NOTHING) -> Plan:
         steps += [*before, product]
     steps += _rest(ops, y)
     return Plan(n, m, scratch, tuple(_finished(steps, ending)))
+
+
+def for_session(operator: AbstractMatrix, ending: Ending = NOTHING) -> Plan:
+    """The plan of what a session takes: NotCovered also for a dense weight in floats, which ONNX Runtime multiplies as fast."""
+    if isinstance(operator, Dense):
+        raise NotCovered("a dense weight is left to ONNX Runtime")
+    return plan(operator, ending)
 
 
 def _order_columns(ops: PlanOps, y: Tensor) -> None:
@@ -308,6 +317,6 @@ def _finished(steps: list[Step], ending: Ending) -> list[Step]:
         if not isinstance(step, Product) or step.target != Y:
             return step
         bias = None if ending.bias is None else ending.bias[step.at : step.at + step.width]
-        return replace(step, bias=bias, activation=ending.activation)
+        return replace(step, ending=replace(ending, bias=bias))
 
     return [last(step) for step in steps]

@@ -15,7 +15,7 @@ import torch
 
 from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.kernels import naive
-from rewriter.backends.kernels.covering import DOMAIN, OP, Covered, cover
+from rewriter.backends.kernels.covering import DOMAIN, Covered, chain_node, cover
 from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import Ending, plan
@@ -42,7 +42,7 @@ def inference_session(path: str | Path, sess_options: Any = None, providers: Seq
     except RewriteError as problem:
         warnings.warn(f"{path} runs on stock operators: {problem}", RuntimeWarning, stacklevel=3)
         return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
-    if not any(not c.reason for c in cover(model, library.layout, threads)):
+    if all(c.reason for c in cover(model, library.layout, threads)):
         return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
     if id(options) not in _registered:
         options.register_custom_ops_library(str(library.path))
@@ -100,19 +100,12 @@ def check(library: Kernels) -> None:
             raise RewriteError(f"the kernels are off by {off:.1e} from their plain form on this machine; they are not used")
 
 
-def session_of(packed: torch.Tensor | Sequence[torch.Tensor], inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:
-    """A model of one Chain, (rows, inputs) "x" -> (rows, outputs) "y"; of several, the others from "x1" to "y1" and so on."""
-    several = [packed] if isinstance(packed, torch.Tensor) else packed
-    xs = [ir.val(f"x{i or ''}", ir.DataType.FLOAT, ["rows", inputs]) for i in range(len(several))]
-    weights = [ir.Value(name=f"packed{i}", const_value=from_torch(p, f"packed{i}")) for i, p in enumerate(several)]
-    nodes = [ir.Node(DOMAIN, OP, [x, w], _options(threads, p), version=1) for x, w, p in zip(xs, weights, several, strict=True)]
-    for i, node in enumerate(nodes):
-        y = node.outputs[0]
-        y.name, y.shape, y.type = f"y{i or ''}", ir.Shape(["rows", outputs]), xs[0].type
-    made = [node.outputs[0] for node in nodes]
-    graph = ir.Graph(xs, made, nodes=nodes, initializers=weights, opset_imports={"": 20, DOMAIN: 1}, name="chain")
+def session_of(packed: torch.Tensor, inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:
+    """A model of one Chain, (rows, inputs) "x" -> (rows, outputs) "y"."""
+    x = ir.val("x", ir.DataType.FLOAT, ["rows", inputs])
+    weights = ir.Value(name="packed", const_value=from_torch(packed, "packed"))
+    node = chain_node([x, weights], packed, threads)
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape(["rows", outputs]), x.type
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[weights], opset_imports={"": 20, DOMAIN: 1}, name="chain")
     return Session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), threads, library=str(library.path))
-
-
-def _options(threads: int, packed: torch.Tensor) -> list[ir.Attr]:
-    return [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]

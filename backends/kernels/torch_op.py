@@ -61,18 +61,18 @@ def _cover(module: GraphModule, node: Node, name: str, library: Kernels) -> None
     x, factors, spec, outputs, _ = node.args
     operator = unflatten(str(spec), [_stored(module, factor) for factor in factors])  # type: ignore[union-attr]
     assert isinstance(operator, AbstractMatrix) and isinstance(x, Node)
-    try:
-        if x.meta["val"].dtype != torch.float32:
-            return
-        plan(operator)
-    except NotCovered:
-        return
     end, bias, activation = node, None, ""
     if (found := _bias_after(module, end, operator.shape[0])) is not None:
         bias, end = found
-    if (found_activation := _activation_after(end)) is not None:
-        activation, end = found_activation
-    module.register_buffer(name, pack(plan(operator, Ending(bias, activation)), library.layout))
+    if (acts := _activation_after(end)) is not None:
+        activation, end = acts
+    try:
+        steps = plan(operator, Ending(bias, activation))
+    except NotCovered:
+        return
+    if x.meta["val"].dtype != torch.float32:
+        return
+    module.register_buffer(name, pack(steps, library.layout))
     with module.graph.inserting_after(end):
         chain = module.graph.call_function(CHAIN, (x, None, outputs))
         chain.meta = dict(end.meta)

@@ -12,7 +12,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from rewriter.algebra import Dense
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.opaque import matrix_skeleton, opaque
 from rewriter.backends.onnx.run import CPU, Session
@@ -48,26 +47,22 @@ def measure(
 
         choose = chooser((tokens,), threads, contrib)
         specs = list(known)
-        seconds = dict(
-            zip(
-                specs,
-                time_bodies([(s, KERNEL if kernels and _covers(s) else choose(s, rank)) for s in specs], rank, tokens, threads, provider),
-                strict=True,
-            )
-        )
+        bodies = [(spec, KERNEL if kernels and _covers(spec) else choose(spec, rank)) for spec in specs]
+        seconds = dict(zip(specs, time_bodies(bodies, rank, tokens, threads, provider), strict=True))
         return [seconds[flatten(form)[1]] for form in forms]
 
     return measured(len(forms), time, RUNTIME, provider, contrib, kernels, tokens, threads, *[flatten(form)[1] for form in forms])
 
 
 def _covers(spec: str) -> bool:
-    from rewriter.backends.kernels.plan import NotCovered, plan
+    """Whether a session with kernels runs the form in them."""
+    from rewriter.backends.kernels.plan import NotCovered, for_session
 
     form = _random(spec, 0)
-    if not isinstance(form, AbstractMatrix) or isinstance(form, Dense):
+    if not isinstance(form, AbstractMatrix):
         return False
     try:
-        plan(form)
+        for_session(form)
     except NotCovered:
         return False
     return True

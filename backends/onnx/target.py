@@ -41,6 +41,7 @@ class OnnxTarget:
         """`kernels`: what is timed and opened runs as under rewriter.inference_session; RewriteError where there are none."""
         check_provider(provider)
         self.provider, self.kernels = provider, kernels
+        self.timed_as = f"{self.name} on {provider}{' with kernels' if kernels else ''}"
         if kernels:
             trusted()
 

@@ -9,7 +9,7 @@ from rewriter.algebra import Dense
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.pack import runs_of
-from rewriter.backends.kernels.plan import SCRATCH, Copy, Ending, Finish, NotCovered, Product, Y, plan
+from rewriter.backends.kernels.plan import NOTHING, SCRATCH, Copy, Ending, Finish, NotCovered, Product, Y, plan
 from rewriter.operator import AbstractMatrix, AbstractOperator
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.monarch import Monarch
@@ -90,8 +90,8 @@ def test_bias_and_activation_go_with_the_last_product() -> None:
     bias = torch.randn(5)
     first, last = plan(LowRank(torch.randn(7, 2), torch.randn(2, 5)), Ending(bias, "gelu")).steps
     assert isinstance(first, Product) and isinstance(last, Product)
-    assert first.bias is None and not first.activation
-    assert last.bias is not None and last.bias.equal(bias) and last.activation == "gelu"
+    assert first.ending is NOTHING
+    assert last.ending.bias is not None and last.ending.bias.equal(bias) and last.ending.activation == "gelu"
 
 
 def test_copies_are_runs() -> None:

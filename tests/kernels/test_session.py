@@ -106,7 +106,7 @@ def test_without_kernels_stock_runs_and_a_warning_says_why(
     rewritten: Path, switch: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     session.trusted.cache_clear()
-    library.kernels.cache_clear()  # type: ignore[attr-defined]
+    library.opened.cache_clear()
     for name, value in switch.items():
         monkeypatch.setenv(name, value)
     with pytest.warns(RuntimeWarning, match=r"net\.onnx runs on stock operators: (no C|kernels are switched off)"):
@@ -200,11 +200,11 @@ def test_other_targets_have_no_kernels(target: str) -> None:
 
 def test_without_kernels_an_explicit_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     session.trusted.cache_clear()
-    library.kernels.cache_clear()  # type: ignore[attr-defined]
+    library.opened.cache_clear()
     monkeypatch.setenv("REWRITER_KERNELS", "off")
     with pytest.raises(RewriteError, match="switched off"):
         rewriter.plan(Block(), "low-rank", ["x:float32[batch,time,32]"], target="onnxruntime", kernels=True)
-    library.kernels.cache_clear()  # type: ignore[attr-defined]
+    library.opened.cache_clear()
 
 
 @pytest.mark.parametrize("spec", ["", "[]", "{}", '{"operator":"Monarch","fields":{}}', '{"operator":"None","fields":{}}', '{"tensor":0}'])
@@ -244,11 +244,11 @@ def test_options_serve_several_sessions(rewritten: Path) -> None:
 
 def test_a_folder_that_takes_nothing_is_a_warning(rewritten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session.trusted.cache_clear()
-    library.kernels.cache_clear()  # type: ignore[attr-defined]
+    library.opened.cache_clear()
     monkeypatch.setenv("REWRITER_CACHE", "/proc/nowhere")
     with pytest.warns(RuntimeWarning, match="the kernels cannot be kept or opened"):
         agree(rewritten, rewriter.inference_session(rewritten))
-    library.kernels.cache_clear()  # type: ignore[attr-defined]
+    library.opened.cache_clear()
 
 
 @pytest.mark.parametrize("change", ["inputs 32 30", "inputs 32 300000000", "outputs 96 90"])
@@ -266,3 +266,17 @@ def test_specs_of_other_widths_leave_the_node_to_stock(rewritten: Path, change: 
     first, *_ = session.coverage(tmp_path / "odd.onnx")
     assert first.reason
     agree(tmp_path / "odd.onnx", rewriter.inference_session(tmp_path / "odd.onnx"))
+
+
+def test_fits_that_were_timed_without_kernels_are_not_reused(tmp_path: Path) -> None:
+    """What a cached decision by time depends on: how the target runs."""
+    from rewriter.backends.onnx.target import OnnxRuntimeTarget
+    from rewriter.fit import Plan, fit_key
+    from tests.engine.nets import Mlp, context, graph, sites
+
+    g = graph(Mlp())
+    targets = (OnnxRuntimeTarget(), OnnxRuntimeTarget(kernels=True))
+    for objective, different in (("ms", True), ("params", False)):
+        contexts = [context(g, tmp_path, target=target, objective=objective) for target in targets]
+        stock, fast = (fit_key("model", c, Plan([], True, 0.5), sites(g)[0]) for c in contexts)
+        assert (stock != fast) == different
