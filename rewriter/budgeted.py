@@ -1,6 +1,6 @@
 """All sites under one budget: curves, what each site's error does to the output, the exact choice, and whether it beats the even one.
 
-curve      each family's best form at limits from the floor to the dense size: weighted error e against cost c, measured where it is ms
+curve      a site's forms: weighted error e against cost c (rewriter/curves.py)
 even       the best form that every site can have at the budget's share: what there would be without an allocation
 weight     w = (E / e)^2, E the relative output error of the model with that one site in its even form
 chosen     min sum w e^2 (rewriter/allocate.py); kept only where the whole model's error on the same samples is below that of `even`
@@ -9,47 +9,18 @@ chosen     min sum w e^2 (rewriter/allocate.py); kept only where the whole model
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
-from torch import Tensor
-
-from rewriter.algebra import Dense
 from rewriter.allocate import FLOOR, Budget, choose
-from rewriter.cache import digest
-from rewriter.calibrate import Calibration
-from rewriter.cost import Cost
+from rewriter.curves import Curve, Point, Remembered, curves_of
 from rewriter.errors import RewriteError
-from rewriter.fit import Plan, after_cost, cached, fit_families, fit_key, fitted, keep, shifted, site_cost, timed, usable_weight
+from rewriter.fit import Plan, cached, fit_key, fitted, keep
 from rewriter.graph import Graph, Site
-from rewriter.moments import Moments
 from rewriter.output_error import OutputErrors
 from rewriter.parallel import in_parallel
 from rewriter.rule import Context, Decision
-from rewriter.structure import Fitted
 
 NOTHING = "no form of it costs less than the dense weight, or nothing is known of its input"
-LIMITS = 10  # of a curve, besides the even share
-NEAR = 1.05  # of the best error at the even share, within which a family is fitted at the other limits
-SPARSE = 3  # families that descend are fitted at every third one of those
-
-
-@dataclass(frozen=True)
-class Point:
-    """One form that a site may take."""
-
-    structure: str  # the family; "" is the dense weight
-    share: float  # of the dense numbers, which the fit was allowed
-    error: float  # weighted, relative
-    cost: Cost
-    seconds: tuple[float, ...] = ()  # at each token count, where time is asked for
-
-    @classmethod
-    def stored(cls, content: Mapping[str, object]) -> Point:
-        """From its asdict."""
-        return cls(**{**content, "cost": Cost(**content["cost"]), "seconds": tuple(content["seconds"])})  # type: ignore[arg-type]
-
-
-Curve = list[Point]  # the dense weight first
 
 
 def allocated(
@@ -59,8 +30,8 @@ def allocated(
 
     RewriteError where no choice of the forms that were found stays within it.
     """
-    moments = _Remembered(context.calibration)
-    curves = _curves(graph, context, plan, budget, model, sites, moments)
+    moments = Remembered(context.calibration)
+    curves = curves_of(graph, context, plan, budget, model, sites, moments)
     open_sites = {s.id: s for s in sites if len(curves[s.id]) > 1}
     for site in sites:
         if site.id not in open_sites:
@@ -92,93 +63,6 @@ def _reason(decision: Decision, budget: Budget, moved: bool, low: float, high: f
     if decision.operator is None:
         return f"{budget} is saved at other sites: the output feels this one's error most"
     return f"{decision.reason}; its part of {budget} by what the output feels"
-
-
-def limits(share: float, cap: float) -> list[float]:
-    """From the floor of a share to the dense size, evenly in the logarithm, the share itself among them; none above the cap."""
-    low = FLOOR * share
-    grid = [low * (1 / low) ** (i / LIMITS) for i in range(LIMITS)]
-    return sorted({x for x in [share, *grid] if x <= cap})
-
-
-class _Remembered:
-    """A graph's moments, which curves and fits ask for in turn: kept where all sites' fit in memory at once."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
-        self.kept = dict[str, Moments | None]()
-
-    def __call__(self, sites: Sequence[Site]) -> Iterator[list[tuple[Site, Moments | None]]]:
-        if sites and all(site.id in self.kept for site in sites):
-            yield [(site, self.kept[site.id]) for site in sites]
-            return
-        for group in self.calibration.moments(sites):
-            if len(group) == len(sites):
-                self.kept |= {site.id: found for site, found in group}
-            yield group
-
-
-def _curves(
-    graph: Graph, context: Context, plan: Plan, budget: Budget, model: str, sites: Sequence[Site], moments: _Remembered
-) -> dict[str, Curve]:
-    """Every site's curve, from the cache or from one pass over the samples."""
-    measured = timed(context, plan)
-
-    def key(site: Site) -> str:
-        return digest("curve", fit_key(model, context, plan, site), budget, FLOOR, LIMITS, NEAR)
-
-    curves = {}
-    for site in sites:
-        entry = context.fits.get(key(site))
-        if entry is not None:
-            curves[site.id] = [Point.stored(p) for p in entry[1]["points"]]
-    missing = [s for s in sites if s.id not in curves]
-    for group in moments(missing):
-        made = in_parallel(lambda pair: _curve(graph, context, plan, budget, *pair, measured), group, 1 if measured else None)
-        for (site, _), curve in context.progress.track(made, "error against cost", len(group)):
-            curves[site.id] = curve
-            context.fits.put(key(site), None, {"points": [asdict(p) for p in curve]})
-    return curves
-
-
-def _curve(graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, moments: Moments | None, measured: bool) -> Curve:
-    weight = usable_weight(graph, site)
-    assert isinstance(weight, Tensor)
-    found = _forms(graph, context, plan, budget, site, weight, moments, measured) if moments is not None else []
-    forms = [Dense(weight.float().T.contiguous()), *[fit.operator for _, fit in found]]
-    columns = list(zip(*context.seconds(forms), strict=True)) if measured else [()] * len(forms)
-    dense = Point("", 1.0, 0.0, site_cost(site), columns[0])
-    points = [
-        Point(_family(fit), share, fit.weighted_error, after_cost(site, fit.operator), seconds)
-        for (share, fit), seconds in zip(found, columns[1:], strict=True)
-    ]
-    return [dense, *[p for p in points if _pays(context, p, dense)]]
-
-
-def _family(fit: Fitted) -> str:
-    return fit.spelling.split(":")[0]
-
-
-def _forms(
-    graph: Graph, context: Context, plan: Plan, budget: Budget, site: Site, weight: Tensor, moments: Moments, measured: bool
-) -> list[tuple[float, Fitted]]:
-    """Every family at every limit, each form once; the even share comes first and says which families the other limits need."""
-    families, found = list(plan.structures), list[tuple[float, Fitted]]()
-    for place, share in enumerate(sorted(limits(budget.share, plan.share), key=lambda s: abs(s - budget.share))):
-        wanted = [f for f in families if measured or not f.iterative or place % SPARSE == 0]
-        fits, _ = fit_families(wanted, weight, moments, int(share * weight.numel()), context.rng(site), shifted(graph, site))
-        known = {fit.spelling for _, fit in found}
-        found += [(share, fit) for fit in fits if fit.spelling not in known]
-        if share == budget.share and fits and not measured:
-            near = {_family(f) for f in fits if f.weighted_error <= NEAR * fits[0].weighted_error}
-            families = [f for f in families if f.name in near]
-    return found
-
-
-def _pays(context: Context, point: Point, dense: Point) -> bool:
-    if context.objective == "ms":
-        return sum(point.seconds) < sum(dense.seconds)
-    return point.cost.of(context.objective) < dense.cost.of(context.objective)
 
 
 class _Units:
@@ -234,7 +118,7 @@ class _Units:
 
 
 def _fits(
-    graph: Graph, context: Context, plan: Plan, model: str, wanted: Mapping[str, tuple[Site, Point]], moments: _Remembered
+    graph: Graph, context: Context, plan: Plan, model: str, wanted: Mapping[str, tuple[Site, Point]], moments: Remembered
 ) -> dict[str, Decision]:
     """The points as decisions, from the cache or from one pass over the samples."""
     plans = {

@@ -73,6 +73,10 @@ class AbstractStructure(abc.ABC):
         both numbers. Deterministic given rng.
         """
 
+    def start(self, weight: Tensor, moments: Moments, cost_limit: int) -> AbstractMatrix | NoMatch:
+        """What a dear fit starts from: a form of the same shapes, to be timed before the fit is begun; NoMatch where a fit is not dear."""
+        return NoMatch(f"a fit of {self.name} is not dear")
+
     def promising(self, weight: Tensor, moments: Moments, cost_limit: int, rival: float) -> bool:
         """Whether `fit` may reach a weighted error below `rival`: asked before a fit that is dear, it may err towards True."""
         return True

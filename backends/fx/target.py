@@ -19,6 +19,7 @@ from rewriter.backends.fx.custom_op import MAP, SITE, body, map_body
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.interpreter import run
 from rewriter.backends.fx.trace import decomposed
+from rewriter.backends.random_form import random_form
 from rewriter.cache import measured
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
@@ -92,7 +93,7 @@ class TorchTarget:
 
     def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
         specs = [flatten(form)[1] for form in forms]
-        return measured(len(forms), lambda: _time(forms, tokens, threads), f"torch {torch.__version__}", tokens, threads, *specs)
+        return measured(len(forms), lambda: _time(specs, tokens, threads), f"torch {torch.__version__}", tokens, threads, *specs)
 
 
 class _Program:
@@ -120,18 +121,19 @@ class single:
         torch.set_num_threads(self.before)
 
 
-def _time(forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
-    calls = [_sequence(f, tokens) if isinstance(f, AbstractMap) else _cold(f, tokens) for f in forms]  # type: ignore[arg-type]
+def _time(specs: Sequence[str], tokens: int, threads: int) -> list[float]:
+    forms = [random_form(spec) for spec in specs]
+    calls = [_sequence(f, tokens) if isinstance(f, AbstractMap) else _cold(f, s, tokens) for f, s in zip(forms, specs, strict=True)]
     with single(threads), torch.no_grad():
         timing = interleave(calls, seconds=0.2)
     return [timing.seconds(i) for i in range(len(forms))]
 
 
-def _cold(form: AbstractMatrix, tokens: int) -> Callable[[], object]:
+def _cold(form: AbstractMatrix, spec: str, tokens: int) -> Callable[[], object]:
     """A call on the next of several copies of the weights, so that few tokens meet weights that no cache holds."""
     nbytes = max(form.cost().nbytes, 1)
     copies = min(32, max(1, COLD_BYTES // nbytes)) if tokens <= FEW_TOKENS else 1
-    forms = [form] + [form.to(torch.float64).to(torch.float32) for _ in range(copies - 1)]
+    forms = [form, *[random_form(spec, seed) for seed in range(1, copies)]]
     x = torch.randn(tokens, form.shape[1])
     turn = iter(range(1 << 62))
     return lambda: forms[next(turn) % copies].product(EagerOps(), x)

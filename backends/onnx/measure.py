@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from rewriter.backends.onnx.emit import attach
-from rewriter.backends.onnx.opaque import matrix_skeleton, opaque
+from rewriter.backends.onnx.opaque import opaque
 from rewriter.backends.onnx.run import CPU, Session
 from rewriter.backends.onnx.tensors import from_torch, onnx_dtype
+from rewriter.backends.random_form import random_form
 from rewriter.cache import measured
-from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, Dims, flatten, skeleton, unflatten
+from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, Dims, flatten, skeleton
 from rewriter.timing import interleave
 
 COLD_BYTES = 64 << 20  # weights that no cache holds
@@ -58,7 +58,7 @@ def _covers(spec: str) -> bool:
     """Whether a session with kernels runs the form in them."""
     from rewriter.backends.kernels.plan import NotCovered, for_session
 
-    form = _random(spec, 0)
+    form = random_form(spec, 0)
     if not isinstance(form, AbstractMatrix):
         return False
     try:
@@ -101,7 +101,7 @@ def body_call(
     spec: str, lowering: str, rank: int, tokens: int, threads: int, copies: int, provider: str, opset: int
 ) -> Callable[[], object]:
     """A session over several copies with weights of their own; each matrix reads an x of its own, so that nothing done to x is shared."""
-    forms = [_random(spec, seed) for seed in range(copies)]
+    forms = [random_form(spec, seed) for seed in range(copies)]
     model = stacked(forms, rank, apart=True) if rank else stacked_maps(forms)
     model.graph.opset_imports[""] = opset
     library = ""
@@ -172,42 +172,3 @@ def _stacked(
             value.name, value.shape, value.type = f"{name}{i}", ir.Shape(dims), given[0].type
             graph.outputs.append(value)
     return ir.Model(graph, ir_version=10)
-
-
-def _random(spec: str, seed: int) -> Any:
-    """The form with numbers of its own; indices stay within every axis."""
-    rng = torch.Generator().manual_seed(seed)
-    operator, leaves = skeleton(spec)
-    indices = _indices(spec) if isinstance(operator, AbstractMatrix) else {}
-
-    def filled(i: int, leaf: torch.Tensor) -> torch.Tensor:
-        if leaf.is_floating_point():
-            return torch.randn(leaf.shape, generator=rng)
-        if leaf.dtype == torch.int8:
-            return torch.randint(-127, 128, leaf.shape, generator=rng, dtype=torch.int8)
-        return indices.get(i, torch.zeros(leaf.shape, dtype=leaf.dtype))
-
-    return unflatten(spec, [filled(i, leaf) for i, leaf in enumerate(leaves)])
-
-
-def _indices(spec: str) -> dict[int, torch.Tensor]:
-    """Which tensors the product gathers by: found by spelling it."""
-    from rewriter.cost import CostOps, Width
-
-    operator, leaves = matrix_skeleton(spec)
-    found: dict[int, torch.Tensor] = {}
-
-    class Watch(CostOps):
-        def const(self, tensor: torch.Tensor) -> Width:
-            width = super().const(tensor)
-            order[id(width)] = (width, next(i for i, leaf in enumerate(leaves) if leaf is tensor))
-            return width
-
-        def gather(self, x: Width, index: Width) -> Width:
-            size = index.shape[0]
-            found[order[id(index)][1]] = torch.arange(size) % x.features
-            return super().gather(x, index)
-
-    order: dict[int, tuple[Width, int]] = {}
-    operator.product(Watch(1), Width((operator.shape[1],)))
-    return found

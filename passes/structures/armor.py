@@ -18,6 +18,7 @@ from torch import Tensor
 from rewriter.algebra import BlockDiagonal, Compose, Sparse
 from rewriter.errors import RewriteError
 from rewriter.moments import Moments
+from rewriter.operator import AbstractMatrix
 from rewriter.passes.solvers.armor import Pattern, Wrapped, armor
 from rewriter.passes.solvers.armor_adam import armor_adam
 from rewriter.passes.solvers.armor_refit import refitted
@@ -70,13 +71,17 @@ class ArmorStructure(AbstractStructure):
         found = refitted(found, weight, moments.second)
         return fitted(armored(found, pattern), self._spelled(block), weight, moments)
 
+    def start(self, weight: Tensor, moments: Moments, cost_limit: int) -> AbstractMatrix | NoMatch:
+        """NoWag-P's pruning between identity wrappers."""
+        block, pattern = self._block(weight, moments, cost_limit), self._pattern()
+        if isinstance(block, NoMatch):
+            return block
+        return armored(armor(weight, moments.second.diagonal(), block, pattern, torch.Generator(), sweeps=0), pattern)
+
     def promising(self, weight: Tensor, moments: Moments, cost_limit: int, rival: float) -> bool:
         """By the error that the descent starts from."""
-        block = self._block(weight, moments, cost_limit)
-        if isinstance(block, NoMatch):
-            return False
-        start = armor(weight, moments.second.diagonal(), block, self._pattern(), torch.Generator(), sweeps=0)
-        return FURTHER * moments.error(weight, start.dense()) < rival
+        start = self.start(weight, moments, cost_limit)
+        return not isinstance(start, NoMatch) and FURTHER * moments.error(weight, start.dense()) < rival
 
     def discover(self, weight: Tensor) -> Fitted | NoMatch:
         """With identity wrappers, which are left out: a weight that is sparse as it stands."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewriter.allocate import FLOOR, GAP, Budget, choose
-from rewriter.budgeted import limits
+from rewriter.curves import limits
 from rewriter.errors import RewriteError
 
 PARTS = st.integers(0, 64).map(lambda i: i / 64)

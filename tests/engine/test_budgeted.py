@@ -13,14 +13,18 @@ from torch import nn
 
 from rewriter import calibrate
 from rewriter.allocate import FLOOR, UNITS, Budget
-from rewriter.budgeted import Point, _Units
+from rewriter.budgeted import _Units
 from rewriter.calibrate import Calibration, Samples
 from rewriter.cost import Cost
+from rewriter.curves import Point
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix, flatten
 from rewriter.output_error import OutputErrors
+from rewriter.passes.structures.armor import ArmorStructure
+from rewriter.passes.structures.block_diagonal import BlockDiagonalStructure
+from rewriter.passes.structures.low_rank import LowRankStructure
 from rewriter.registry import parse_passes
 from rewriter.rule import Context, Decision
 from rewriter.verify import certify
@@ -113,6 +117,25 @@ def test_curves_that_were_timed_are_not_taken_for_other_tokens(tmp_path: Path) -
         target = FakeTarget(lambda form: float(form.cost().params))
         _, _, found = run(tmp_path, branches(), budget=Budget("ms", 0.5), tokens=tokens, target=target)
         assert spent(found, "ms") <= 0.5 and len(target.asked) == 2 * len(tokens)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_dear_fit_is_begun_only_where_its_form_is_fast(pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it starts from is timed first."""
+    fitted, whole = list[int](), ArmorStructure.fit
+    monkeypatch.setattr(ArmorStructure, "fit", lambda self, *given: (fitted.append(given[2]), whole(self, *given))[1])
+    target = FakeTarget(lambda form: float(form.cost().params) * (1 if pays or "Sparse" not in flatten(form)[1] else 100))
+    _, _, found = run(tmp_path, branches(), "auto", budget=Budget("ms", 0.6), objective="ms", target=target)
+    assert bool(fitted) == pays and spent(found, "ms") <= 0.6
+
+
+def test_families_that_another_beats_in_error_and_time_are_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block diagonal is far off here; where it is the fastest it stays, for what it saves."""
+    monkeypatch.setattr("rewriter.passes.auto.structures", lambda: {"a": LowRankStructure, "b": BlockDiagonalStructure})
+    for times in (1, 100):
+        target = FakeTarget(lambda form, times=times: float(form.cost().params) * (times if type(form).__name__ == "BlockDiagonal" else 2))  # type: ignore[misc]
+        run(tmp_path / str(times), branches(), "auto", budget=Budget("ms", 0.5), objective="ms", target=target)
+        assert (target.asked[-1].count("BlockDiagonal") == 1) == (times == 100) and target.asked[-1].count("LowRank") > 2
 
 
 def output_error(g: Graph, dense: Graph) -> float:
