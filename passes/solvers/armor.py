@@ -117,7 +117,7 @@ class ArmorProblem(AbstractProblem[Any, _Move]):
                 f"to divide both sides, {pattern.m} and {pattern.shared} the block"
             )
         work = torch.float64 if weight.numel() * block <= FP64_WORK else torch.float32
-        return cls(Normalised.of(weight.to(work)), diagonal.to(work), block, pattern)
+        return cls(Normalised.of(weight.to(work).contiguous()), diagonal.to(work), block, pattern)
 
     def folded(self, left: Tensor, core: Tensor, right: Tensor, losses: Sequence[float]) -> Wrapped:
         """These factors in the weight's own scale."""

@@ -116,6 +116,16 @@ def test_same_input_same_bytes(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors(first.operator), tensors(second.operator), strict=True))
 
 
+@pytest.mark.parametrize("name", sorted(AbstractStructure.kinds))
+def test_how_a_weight_lies_in_memory_does_not_matter(name: str) -> None:
+    """ONNX stores the transpose of what torch does."""
+    weight, moments = decaying(48, 64), anisotropic(64)
+    fits = [structure(name).fit(w, moments, int(0.7 * weight.numel()), generator(5)) for w in (weight, weight.T.contiguous().T)]
+    assert all(isinstance(fit, Fitted) for fit in fits) or all(isinstance(fit, NoMatch) for fit in fits)
+    if isinstance(fits[0], Fitted) and isinstance(fits[1], Fitted):
+        assert fits[1].weighted_error == pytest.approx(fits[0].weighted_error, rel=EXACT[torch.float32])
+
+
 @structures
 def test_weights_without_answer_are_refused_in_words(name: str) -> None:
     for value in (float("nan"), float("inf")):
