@@ -69,27 +69,32 @@ def verify(
     options = _options(context.params)
     _check_model(a)
     _check_model(b)
-    from rewriter import pipeline, render
+    from rewriter import compare, render
 
-    error, code = pipeline.verify(a, b, options)
+    error, code = compare.verify(a, b, options)
     render.show_verification(error, code, quiet)
     _exit(code)
 
 
 @app.command(cls=Command)
 def bench(
-    context: typer.Context, a: o.A, b: o.B, target: o.Target = None, inputs: o.Inputs = None,
-    dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None, trust_pickle: o.TrustPickle = False, tokens: o.Tokens = Options.tokens,
-    opset: o.Opset = Options.opset, threads: o.Threads = Options.threads, provider: o.Provider = Options.provider,
-    kernels: o.Kernels = False, quiet: o.Quiet = False, debug: o.Debug = False,
+    context: typer.Context, a: o.A, b: o.Bs, target: o.Target = None, inputs: o.Inputs = None, data: o.Data = None,
+    samples: o.Samples = Options.samples, dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None,
+    trust_pickle: o.TrustPickle = False, tokens: o.Tokens = Options.tokens, opset: o.Opset = Options.opset,
+    threads: o.Threads = Options.threads, provider: o.Provider = Options.provider, kernels: o.Kernels = False,
+    seed: o.Seed = Options.seed, plot: o.Plot = None, quiet: o.Quiet = False, debug: o.Debug = False,
 ) -> None:  # fmt: skip
-    """Latency of A, A in int8 and B, interleaved in one process."""
+    """Latency of A, A in int8 and each B, interleaved in one process, beside what was predicted; --plot draws errors against times."""
     options = _options(context.params)
-    _check_model(a)
-    _check_model(b)
-    from rewriter import pipeline, render
+    for model in (a, *b):
+        _check_model(model)
+    from rewriter import compare, picture, render
 
-    render.show_latency(pipeline.bench(a, b, options), quiet)
+    picture.check_plot(plot)
+    found = compare.bench(a, b, options, errors=plot is not None)
+    render.show_comparison(found, quiet)
+    if plot is not None:
+        picture.draw(found, Path(plot))
 
 
 @app.command(cls=Command)

@@ -21,6 +21,7 @@ def _option(group: str | None, flags: str, metavar: str | None, text: str, defau
 Model = Annotated[str, _argument("MODEL", "a .pt2, .onnx, .safetensors or torch.save file, or a Hugging Face folder")]
 A = Annotated[str, _argument("A", "the model to compare with: the dense one")]
 B = Annotated[str, _argument("B", "the model to judge: the rewritten one")]
+Bs = Annotated[list[str], _argument("B...", "the models to judge: rewritten ones")]
 ReportFile = Annotated[str, _argument("REPORT.json", "what --report wrote")]
 KernelAction = Annotated[str, _argument("[status|build]", "what to do; status by default")]
 KernelModel = Annotated[str | None, _argument("[MODEL]", "a rewritten .onnx whose layers are listed")]
@@ -79,6 +80,7 @@ Seed = Annotated[int, _option(RUNNING, "--seed", "N", "same seed, same bytes", d
 Threads = Annotated[int, _option(RUNNING, "--threads", "N", "threads of every timed run", default=True)]
 Cache = Annotated[str | None, _option(RUNNING, "--cache", "DIR", "where fits are kept  [default: $REWRITER_CACHE, else the user's cache]")]
 Provider = Annotated[str, _option(RUNNING, "--provider", "EP", "ONNX Runtime execution provider", default=True)]
+Plot = Annotated[str | None, _option(RUNNING, "--plot", "FILE", "a picture of error against time, .png or .svg; needs matplotlib")]
 Kernels = Annotated[
     bool, _option(RUNNING, "--kernels", None, "time and choose as layers run in compiled kernels, under rewriter.inference_session")
 ]

@@ -28,6 +28,7 @@ from rewriter.job import Job
 from rewriter.latency import latencies
 from rewriter.lengths import check_lengths
 from rewriter.memory import return_freed_blocks
+from rewriter.opened import as_file, open_model, target_of
 from rewriter.operator import AbstractRecurrence
 from rewriter.options import Options
 from rewriter.places import cache_folder, check_suffix, out_path, publish, size
@@ -117,55 +118,6 @@ def plan(model: Any, options: Options, data: Any = None, passes: Sequence[Abstra
     return Result(_report(job, error, [], {}, planned=True), 0, f"plan: {text}", graph=job.graph, opset=options.opset)
 
 
-def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
-    """How far B's outputs are from A's, on --data or invented inputs."""
-    first, second = _open(a, options), _open(b, options)
-    _same_interface(first.graph, second.graph)
-    samples = sampling.everything(first, options.data, options.samples, options.seed, options.precision is not None)
-    metric = load_metric(options.metric)
-    found = certify(first.graph.run, second.graph.run, samples, options.max_error, metric, options.precision)
-    if options.data is not None:
-        surrogate = sampling.surrogate(first, options.seed)
-        found = dataclasses.replace(found, beside=beside(first.graph.run, second.graph.run, surrogate, found.output))
-    return found, 3 if options.max_error is not None and found.upper > options.max_error else 0
-
-
-def bench(a: str, b: str, options: Options) -> list[Latency]:
-    """Latency of B against A, interleaved; the interfaces are compared first."""
-    first, second = _open(a, options), _open(b, options)
-    _same_interface(first.graph, second.graph)
-    target = _target(options, first, None)
-    explicit = parse_dims(options.dims) if options.dims else {}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [
-            _as_file(source, target, Path(folder) / f"{name}{target.suffix}", options) for name, source in (("a", first), ("b", second))
-        ]
-        return latencies(target, paths[0], paths[1], first.graph, first.specs, explicit, options.token_counts, options.threads)
-
-
-def _open(model: Any, options: Options) -> Any:
-    return importlib.import_module("rewriter.backends.files.load").open_source(model, options)
-
-
-def _as_file(source: Any, target: Target, path: Path, options: Options) -> Path:
-    """The model as a file that the target opens: the user's own where it is one."""
-    if source.path and Path(source.path).is_file() and source.graph.format == "onnx" and target.suffix == ".onnx":
-        return Path(source.path)
-    target.emit(source.graph, path, EmitOptions(options.opset, False, options.token_counts, options.threads))
-    return path
-
-
-def _same_interface(a: Graph, b: Graph) -> None:
-    for what, first, second in (
-        ("inputs", [s.name for s in a.specs()], [s.name for s in b.specs()]),
-        ("outputs", a.output_names(), b.output_names()),
-    ):
-        if first != second:
-            raise RewriteError(
-                f"the models' {what} differ: {', '.join(first)} against {', '.join(second)}; compare models of one interface"
-            )
-
-
 def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractPass] | None) -> Job:
     begin = time.perf_counter()
     return_freed_blocks()
@@ -173,8 +125,8 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
     passes = registry.parse_passes(options.passes) if passes is None else passes
     if not passes:
         raise RewriteError("--passes is empty; `rewrite passes` lists them")
-    source = _open(model, options)
-    target = _target(options, source, options.out)
+    source = open_model(model, options)
+    target = target_of(options, source, options.out)
     graph = source.graph.clone()
     sites = [site for detect in registry.detectors() for site in detect(graph)]
     selected, out = select(sites, options.include, options.exclude)
@@ -220,22 +172,6 @@ def _context(
         seed=options.seed,
         decisions=decisions,
     )
-
-
-def _target(options: Options, source: Any, out: str | None) -> Target:
-    """--target, else OUT's suffix, else the input's format; RewriteError for what cannot be emitted from this input."""
-    name = options.target
-    if name is None:
-        suffix = Path(out).suffix if out else ""
-        name = {".onnx": "onnxruntime", ".pt2": "torch"}.get(suffix) or ("onnxruntime" if source.graph.format == "onnx" else "torch")
-    if name not in registry.targets():
-        raise RewriteError(f"--target {name} is unknown; give one of {', '.join(registry.targets())}")
-    if options.kernels and name != "onnxruntime":
-        raise RewriteError(f"--kernels is for --target onnxruntime, not {name}; leave it out, or give that target")
-    target: Target = registry.targets()[name](options.provider, options.kernels)
-    if source.graph.format not in target.accepts:
-        raise RewriteError(f"--target {name} needs a torch model, this one is ONNX; give --target onnxruntime or onnx")
-    return target
 
 
 def _decide(job: Job) -> tuple[int, str] | None:
@@ -343,7 +279,7 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     if failure is None:
         (folder / "dense").mkdir()
         try:  # what was rewritten may be just what kept the model from this target
-            dense = _as_file(job.source, job.target, folder / "dense" / name, dataclasses.replace(options, flatten=False))
+            dense = as_file(job.source, job.target, folder / "dense" / name, dataclasses.replace(options, flatten=False))
         except RewriteError as problem:
             job.notes.append(f"the model as it was given has no size and no times here: {str(problem).partition('; ')[0]}")
         else:

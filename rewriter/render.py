@@ -19,6 +19,7 @@ from rich.text import Text
 from rewriter.table import change, clean, columns, count, fold, middle, nbytes, number
 
 if TYPE_CHECKING:
+    from rewriter.compare import Comparison
     from rewriter.pipeline import Result
     from rewriter.report import Beside, Latency, OutputError, Report, SiteRow
 
@@ -62,12 +63,18 @@ def show_verification(error: OutputError, code: int, quiet: bool, stream: IO[str
     out.print(Text(f"relative error at most {number(error.upper)} at {error.confidence:.0%} confidence{bound}", "bold"), soft_wrap=True)
 
 
-def show_latency(rows: Sequence[Latency], quiet: bool, stream: IO[str] | None = None) -> None:
-    """The table of `rewrite bench`; A is dense, B rewritten."""
+def show_comparison(found: Comparison, quiet: bool, stream: IO[str] | None = None) -> None:
+    """The tables of `rewrite bench`; A is dense, each B rewritten."""
     out = console(stream)
-    if not quiet:
-        print_lines(out, [*latency_lines(rows, out.width), ""])
-    out.print(Text("B against A: " + (_speeds(rows) or "nothing could be measured"), "bold"), soft_wrap=True)
+    several = len(found.contenders) > 1
+    for contender in found.contenders:
+        head = [Text(clean(contender.name), "bold")] if several else []
+        error = [*error_lines(contender.error, out.width), ""] if contender.error else []
+        if not quiet:
+            print_lines(out, [*head, *latency_lines(contender.rows, out.width), "", *error])
+    for contender in found.contenders:
+        name = clean(contender.name) if several else "B"
+        out.print(Text(f"{name} against A: " + (_speeds(contender.rows) or "nothing could be measured"), "bold"), soft_wrap=True)
 
 
 def print_lines(out: Console, lines: Iterable[str | Text]) -> None:
@@ -217,8 +224,12 @@ def latency_lines(rows: Sequence[Latency], width: int) -> list[str | Text]:
     """Dense, dense int8 and rewritten, with ratios; what could not be had is a dash, and its note stands below."""
     threads = rows[0].threads if rows else 1
     lines: list[str | Text] = [Text(f"latency of the whole model, medians, {threads} thread{'s' if threads > 1 else ''}", "bold")]
-    titles = ["tokens", "dense", "dense int8", "rewritten", "dense / rewritten", "int8 / rewritten"]
-    seconds = [map(_seconds, (r.dense_seconds, r.int8_seconds, r.rewritten_seconds)) for r in rows]
+    foretold = ["predicted"] if any(r.predicted_seconds is not None for r in rows) else []
+    titles = ["tokens", "dense", "dense int8", *foretold, "rewritten", "dense / rewritten", "int8 / rewritten"]
+    ahead = [[_seconds(r.predicted_seconds)] if foretold else [] for r in rows]
+    seconds = [
+        [*map(_seconds, (r.dense_seconds, r.int8_seconds)), *p, _seconds(r.rewritten_seconds)] for r, p in zip(rows, ahead, strict=True)
+    ]
     cells = [[str(r.tokens), *figures, _spread(r), _times(r.int8_ratio)] for r, figures in zip(rows, seconds, strict=True)]
     head, body = columns(titles, cells, width - 2)
     lines += [f"  {line}" for line in head] + [f"  {line}" for block in body for line in block]

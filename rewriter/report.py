@@ -92,6 +92,7 @@ class Latency:
     int8_ratio: float | None
     note: str = ""
     ratio_spread: list[float] | None = None
+    predicted_seconds: float | None = None  # of the rewritten model, from its layers alone
 
 
 @dataclass(frozen=True)

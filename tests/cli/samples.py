@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+from rewriter.compare import Comparison, Contender
 from rewriter.report import Beside, Latency, OutputError, Report, SiteRow
 
 
@@ -61,3 +63,18 @@ def full_report(status: str = "rewritten") -> Report:
 def unbounded() -> OutputError:
     """One sample: no interval."""
     return OutputError("relative_l2", "y", 0.1, math.inf, 0.95, 0.1, 0.1, None, "data: one.npz", 1, None, 1)
+
+
+def comparison(*names: str) -> Comparison:
+    """Models that get slower and better from the first to the last, and the dense one's int8."""
+    report = full_report()
+    assert report.output_error is not None
+    found = []
+    for i, name in enumerate(names):
+        rows = (
+            [dataclasses.replace(row, ratio=(row.ratio or 0) / (1 + i), predicted_seconds=0.0015) for row in report.latency]
+            if i
+            else report.latency
+        )
+        found.append(Contender(name, rows, dataclasses.replace(report.output_error, estimate=0.21 / (1 + i))))
+    return Comparison(found, dataclasses.replace(report.output_error, estimate=0.5))

@@ -190,7 +190,7 @@ def test_a_reader_that_leaves_is_no_failure() -> None:
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_verify(rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    from rewriter import pipeline
+    from rewriter import compare
     from tests.cli.samples import full_report
 
     calls: list[Options] = []
@@ -201,7 +201,7 @@ def test_verify(rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch, code: int) ->
         assert found is not None
         return found, code
 
-    monkeypatch.setattr(pipeline, "verify", verify)
+    monkeypatch.setattr(compare, "verify", verify)
     words = "verify m.pt2 ./m.pt2 --max-error 0.25 --data d.npz --metric a:b --samples 3 --seed 2 --precision 0.01"
     said = rewrite(*words.split())
     assert said.code == code
@@ -211,13 +211,29 @@ def test_verify(rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch, code: int) ->
 
 
 def test_bench(rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rewriter import pipeline
-    from tests.cli.samples import full_report
+    from rewriter import compare
+    from tests.cli.samples import comparison
 
-    monkeypatch.setattr(pipeline, "bench", lambda a, b, options: full_report().latency)
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(compare, "bench", lambda a, b, options, errors: (asked.append((a, b, errors)), comparison(*b))[1])
     said = rewrite("bench", "m.pt2", "m.pt2", "--tokens", "1,256", "--threads", "1")
     assert said.code == 0
     assert said.out.splitlines()[-1] == "B against A: 1.43x as fast at 1 token, 1.80x as fast at 256 tokens"
+    said = rewrite("bench", "m.pt2", "m.pt2", "./m.pt2", "--plot", "p.svg")
+    assert said.code == 0 and said.out.splitlines()[-1].startswith("./m.pt2 against A: 0.71x") and Path("p.svg").exists()
+    assert asked == [("m.pt2", ["m.pt2"], False), ("m.pt2", ["m.pt2", "./m.pt2"], True)]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rewriter import compare
+
+    monkeypatch.setattr(compare, "bench", lambda *given, **named: pytest.fail("worked"))
+    for plot, words in (("p.pdf", "give a file that ends in .png or .svg"), ("none/p.png", "give a file in a folder that exists")):
+        said = rewrite("bench", "m.pt2", "m.pt2", "--plot", plot)
+        assert said.code == 2 and words in said.err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = rewrite("bench", "m.pt2", "m.pt2", "--plot", "p.png")
+    assert said.code == 2 and "pip install 'rewriter[plot]'" in said.err
 
 
 def test_report_is_json_that_satisfies_its_schema(rewrite: Rewrite, asked: Asked, folder: Path) -> None:

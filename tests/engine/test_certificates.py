@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewriter import pipeline
+from rewriter import compare, pipeline
 from rewriter import report as reports
 from rewriter.errors import RewriteError
 from rewriter.options import Options
@@ -29,7 +29,7 @@ def test_data_have_the_invented_law_beside_them(pt2: Path, tmp_path: Path) -> No
     np.savez(tmp_path / "d.npz", x=data["x"].numpy())
     result = run(str(pt2), data=data, out=str(tmp_path / "o.pt2"))
     planned = pipeline.plan(str(pt2), Options(passes=LOSSY, objective="params", timing=False, quiet=True), data)
-    judged, _ = pipeline.verify(str(pt2), str(tmp_path / "o.pt2"), Options(data=str(tmp_path / "d.npz"), quiet=True))
+    judged, _ = compare.verify(str(pt2), str(tmp_path / "o.pt2"), Options(data=str(tmp_path / "d.npz"), quiet=True))
     for found in (result.report.output_error, planned.report.output_error, judged):
         assert found is not None and found.beside is not None and found.beside.estimate is not None
         assert found.law.startswith("data: ") and found.beside.law == "invented: standard normals; scrambled Sobol' points"

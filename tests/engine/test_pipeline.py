@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewriter import pipeline
+from rewriter import compare, pipeline
 from rewriter import report as reports
 from rewriter.backends.files.export import export_module
 from rewriter.backends.files.onnx_file import save_onnx
@@ -344,17 +344,23 @@ def test_metric_is_reported(pt2: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_verify_and_bench_compare_models_of_one_interface(pt2: Path, tmp_path: Path) -> None:
     out = run(str(pt2), out=str(tmp_path / "o.pt2")).path
     options = Options(samples=32, quiet=True, tokens="4", max_error=1e-6)
-    error, code = pipeline.verify(str(pt2), str(out), options)
+    error, code = compare.verify(str(pt2), str(out), options)
     assert code == 3 and error.upper > 1e-6 and error.bound == 1e-6
-    same, code = pipeline.verify(str(pt2), str(pt2), options)
+    same, code = compare.verify(str(pt2), str(pt2), options)
     assert code == 0 and same.upper == 0
-    (row,) = pipeline.bench(str(pt2), str(out), options)
-    assert row.tokens == 4 and row.ratio is not None and row.ratio > 0
+    (found,) = compare.bench(str(pt2), [str(out)], options).contenders
+    (row,) = found.rows
+    assert row.tokens == 4 and row.ratio is not None and row.ratio > 0 and found.error is None
+    assert row.predicted_seconds is not None
     other = tmp_path / "other.pt2"
     save_pt2(_renamed(), other)
-    for compare in (pipeline.verify, pipeline.bench):
+    calls: list[Callable[[], object]] = [
+        lambda: compare.verify(str(pt2), str(other), options),
+        lambda: compare.bench(str(pt2), [str(out), str(other)], options),
+    ]
+    for call in calls:
         with pytest.raises(RewriteError, match="the models' inputs differ: x against z; compare models of one interface"):
-            compare(str(pt2), str(other), options)
+            call()
 
 
 def _renamed() -> torch.export.ExportedProgram:

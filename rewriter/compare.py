@@ -1,0 +1,103 @@
+"""Two models or more, as files: how far their outputs are apart, and how long each takes beside what the cost model predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewriter import sampling
+from rewriter.backend import Target
+from rewriter.cost_model import predicted
+from rewriter.errors import RewriteError
+from rewriter.graph import Graph
+from rewriter.inputs import parse_dims
+from rewriter.latency import latencies
+from rewriter.opened import as_file, open_model, target_of
+from rewriter.options import Options
+from rewriter.report import Latency, OutputError
+from rewriter.verify import beside, certify, load_metric
+
+
+def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
+    """How far B's outputs are from A's, on --data or invented inputs."""
+    first, second = open_model(a, options), open_model(b, options)
+    _same_interface(first.graph, second.graph)
+    samples = _samples(first, options)
+    metric = load_metric(options.metric)
+    found = certify(first.graph.run, second.graph.run, samples, options.max_error, metric, options.precision)
+    if options.data is not None:
+        surrogate = sampling.surrogate(first, options.seed)
+        found = dataclasses.replace(found, beside=beside(first.graph.run, second.graph.run, surrogate, found.output))
+    return found, 3 if options.max_error is not None and found.upper > options.max_error else 0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A rewritten model beside the dense one: a row for each token count, and its error where that was asked for."""
+
+    name: str
+    rows: list[Latency]
+    error: OutputError | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rewritten models, and the error of the dense model in int8 where errors were asked for and it can be had."""
+
+    contenders: list[Contender]
+    int8_error: OutputError | None = None
+
+
+def bench(a: str, others: Sequence[str], options: Options, errors: bool = False) -> Comparison:
+    """Latency of each other model against A, interleaved, and what the cost model predicts; the interfaces are compared first."""
+    first, rest = open_model(a, options), [open_model(b, options) for b in others]
+    for other in rest:
+        _same_interface(first.graph, other.graph)
+    target = target_of(options, first, None)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def file(source: Any, name: str) -> Path:
+            return as_file(source, target, Path(folder) / f"{name}{target.suffix}", options)
+
+        dense = file(first, "a")
+        files = [file(source, f"b{i}") for i, source in enumerate(rest)]
+        pairs = zip(others, rest, files, strict=True)
+        found = [_contender(name, first, source, target, dense, path, options, errors) for name, source, path in pairs]
+        return Comparison(found, _int8_error(first, target, dense, options) if errors else None)
+
+
+def _contender(
+    name: str, first: Any, second: Any, target: Target, dense: Path, rewritten: Path, options: Options, errors: bool
+) -> Contender:
+    explicit = parse_dims(options.dims) if options.dims else {}
+    rows = latencies(target, dense, rewritten, first.graph, first.specs, explicit, options.token_counts, options.threads)
+    rows = predicted(rows, first.graph, second.graph, target)
+    error = certify(first.graph.run, target.open(rewritten, options.threads), _samples(first, options)) if errors else None
+    return Contender(name, rows, error)
+
+
+def _int8_error(first: Any, target: Target, dense: Path, options: Options) -> OutputError | None:
+    try:
+        runner = target.open_int8(dense, options.threads)
+    except RewriteError:  # its rows say why
+        return None
+    return certify(first.graph.run, runner, _samples(first, options))
+
+
+def _samples(source: Any, options: Options) -> Any:
+    return sampling.everything(source, options.data, options.samples, options.seed, options.precision is not None)
+
+
+def _same_interface(a: Graph, b: Graph) -> None:
+    for what, first, second in (
+        ("inputs", [s.name for s in a.specs()], [s.name for s in b.specs()]),
+        ("outputs", a.output_names(), b.output_names()),
+    ):
+        if first != second:
+            raise RewriteError(
+                f"the models' {what} differ: {', '.join(first)} against {', '.join(second)}; compare models of one interface"
+            )

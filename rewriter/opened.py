@@ -1,0 +1,41 @@
+"""What commands begin with: the model that was named, the target that was asked for, and the model as a file of that target."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from rewriter import registry
+from rewriter.backend import EmitOptions, Target
+from rewriter.errors import RewriteError
+from rewriter.options import Options
+
+
+def open_model(model: Any, options: Options) -> Any:
+    """A source: its graph, specs, path and format; RewriteError for what is none."""
+    return importlib.import_module("rewriter.backends.files.load").open_source(model, options)
+
+
+def as_file(source: Any, target: Target, path: Path, options: Options) -> Path:
+    """The model as a file that the target opens: the user's own where it is one."""
+    if source.path and Path(source.path).is_file() and source.graph.format == "onnx" and target.suffix == ".onnx":
+        return Path(source.path)
+    target.emit(source.graph, path, EmitOptions(options.opset, False, options.token_counts, options.threads))
+    return path
+
+
+def target_of(options: Options, source: Any, out: str | None) -> Target:
+    """--target, else OUT's suffix, else the input's format; RewriteError for what cannot be emitted from this input."""
+    name = options.target
+    if name is None:
+        suffix = Path(out).suffix if out else ""
+        name = {".onnx": "onnxruntime", ".pt2": "torch"}.get(suffix) or ("onnxruntime" if source.graph.format == "onnx" else "torch")
+    if name not in registry.targets():
+        raise RewriteError(f"--target {name} is unknown; give one of {', '.join(registry.targets())}")
+    if options.kernels and name != "onnxruntime":
+        raise RewriteError(f"--kernels is for --target onnxruntime, not {name}; leave it out, or give that target")
+    target: Target = registry.targets()[name](options.provider, options.kernels)
+    if source.graph.format not in target.accepts:
+        raise RewriteError(f"--target {name} needs a torch model, this one is ONNX; give --target onnxruntime or onnx")
+    return target

@@ -1,0 +1,57 @@
+"""What is predicted is dense - gone + come, by the target's own figures; what is further off than 15 % is said."""
+
+from __future__ import annotations
+
+import pytest
+
+from rewriter import pipeline
+from rewriter.cost_model import AGREE, layers, predicted
+from rewriter.graph import Graph
+from rewriter.opened import open_model
+from rewriter.options import Options
+from rewriter.report import Latency
+from tests.engine.nets import WIDE, FakeTarget, WideMlp, graph
+
+SECONDS = 1e-6  # a stored number, by the fake target's rule
+
+
+@pytest.fixture(scope="module")
+def rewritten(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """The net with its first layer in rank 8, as a file has it."""
+    out = tmp_path_factory.mktemp("net") / "rewritten.onnx"
+    options = Options(
+        passes="low-rank:rank=8", inputs=(WIDE,), include=("first",), objective="params", out=str(out), timing=False, force=True, quiet=True
+    )
+    assert pipeline.rewrite(WideMlp(), options).exit_code == 0
+    found: Graph = open_model(str(out), Options()).graph
+    return found
+
+
+def row(measured: float | None) -> Latency:
+    return Latency(7, 1, 0.1, None, measured, None, None, "as it was")
+
+
+@pytest.mark.parametrize(("off", "flagged"), [(0.0, False), (0.14, False), (-0.14, False), (0.16, True), (-0.16, True)])
+def test_dense_less_what_is_gone_plus_what_came(off: float, flagged: bool, rewritten: Graph) -> None:
+    target = FakeTarget(lambda form: SECONDS * form.cost().params)
+    expected = 0.1 - SECONDS * 96 * 128 + SECONDS * 8 * (96 + 128)
+    (found,) = predicted([row(expected * (1 + off))], graph(WideMlp(), WIDE), rewritten, target)
+    assert found.predicted_seconds == pytest.approx(expected)
+    assert (f"more than {AGREE:.0%}" in found.note) == flagged and found.note.startswith("as it was")
+    assert {kind for asked in target.asked for kind in asked} == {"Dense", "LowRank"} and len(target.asked) == 2  # what stayed is not timed
+
+
+def test_without_measured_times_nothing_is_predicted(rewritten: Graph) -> None:
+    target = FakeTarget(lambda form: 1.0)
+    g = graph(WideMlp(), WIDE)
+    assert predicted([row(None)], g, rewritten, target) == [row(None)] and target.asked == []
+
+
+def test_more_than_there_was_is_flagged(rewritten: Graph) -> None:
+    target = FakeTarget(lambda form: float(form.cost().params))
+    (found,) = predicted([row(0.05)], graph(WideMlp(), WIDE), rewritten, target)
+    assert found.predicted_seconds == 0.0 and "more than" in found.note
+
+
+def test_layers_are_counted_by_their_places() -> None:
+    assert sum(layers(graph(WideMlp(), WIDE)).values()) == 2
