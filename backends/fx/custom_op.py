@@ -36,7 +36,8 @@ def map_body(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, nam
     return [y.clone() if any(y is x for x in inputs) else y for y in found]
 
 
-def _fake_map(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
+def fake_map(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
+    """Its outputs' shapes."""
     operator = unflatten(spec, list(factors))
     assert isinstance(operator, AbstractMap)
     given = reversed(list(zip(inputs, operator.inputs().values(), strict=True)))  # the first says it: masks may bring a batch of their own
@@ -50,7 +51,7 @@ def _fake(x: Tensor, factors: Sequence[Tensor], spec: str, width: int, name: str
 
 LIBRARY.define("map(Tensor[] inputs, Tensor[] factors, str spec, str name) -> Tensor[]")
 LIBRARY.impl("map", map_body, "CompositeExplicitAutograd")
-torch.library.register_fake("structured::map", _fake_map, lib=LIBRARY)
+torch.library.register_fake("structured::map", fake_map, lib=LIBRARY)
 LIBRARY.impl("site", body, "CompositeExplicitAutograd")
 torch.library.register_fake("structured::site", _fake, lib=LIBRARY)
 SITE = torch.ops.structured.site.default

@@ -14,14 +14,15 @@ from rewriter.backends.files.archive import one_line
 from rewriter.backends.kernels.following import Following, following
 from rewriter.backends.kernels.pack import Layout, pack
 from rewriter.backends.kernels.plan import NotCovered, for_session
+from rewriter.backends.kernels.recurrences import Sizes, sizes_of
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Names, store
 from rewriter.backends.onnx.opaque import SITE, is_opaque, kind, spec_of
 from rewriter.cache import digest
 from rewriter.errors import RewriteError
-from rewriter.operator import AbstractMatrix, skeleton, unflatten
+from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, skeleton, unflatten
 
-DOMAIN, OP = "structured.kernels", "Chain"
+DOMAIN, OP, RECURRENCE = "structured.kernels", "Chain", "Recurrence"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class _Cover:
         site = node.metadata_props.get(SITE, node.name or "")
         try:
             operator = _operator(node, self.constants)
+            if isinstance(operator, AbstractMap):
+                return self._recurrence(node, operator, site)
+            assert isinstance(operator, AbstractMatrix)
             found = following(node.outputs[0], operator.shape[0], self.constants)
             packed = pack(for_session(operator, found.ending), self.layout)
             said = named(node)
@@ -69,6 +73,19 @@ class _Cover:
         self._replace(node, found, packed)
         self.constants.forget()
         return Covered(site, said, "", found.said)
+
+    def _recurrence(self, node: ir.Node, operator: AbstractMap, site: str) -> Covered:
+        """One Recurrence with the node's own inputs and outputs."""
+        made = recurrence_node(node.inputs, sizes_of(operator), self.threads)
+        made.name = self.names.unused(f"{RECURRENCE}_{site}")
+        assert node.graph is not None
+        node.graph.insert_after(node, made)
+        for old, new in zip(node.outputs, made.outputs, strict=True):
+            new.shape, new.type, known = old.shape, old.type or ir.TensorType(ir.DataType.FLOAT), old.name
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            old.name, new.name = self.names.unused(f"{known}.before"), known
+        self.constants.forget()
+        return Covered(site, node.op_type, "")
 
     def _replace(self, node: ir.Node, found: Following, packed: Tensor) -> None:
         """One Chain from the node's x to what follows it; what lay between is unused then and goes."""
@@ -87,10 +104,25 @@ class _Cover:
         end.name, made.name = self.names.unused(f"{known}.before"), known
 
 
+def covers(operator: AbstractOperator) -> bool:
+    """Whether the kernels have something for it."""
+    try:
+        for_session(operator) if isinstance(operator, AbstractMatrix) else sizes_of(operator)
+    except NotCovered:
+        return False
+    return True
+
+
 def chain_node(inputs: Sequence[ir.Value | None], packed: Tensor, threads: int) -> ir.Node:
     """Chain(x, packed[, what is added])."""
     options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
     return ir.Node(DOMAIN, OP, inputs, options, version=1)
+
+
+def recurrence_node(inputs: Sequence[ir.Value | None], sizes: Sizes, threads: int) -> ir.Node:
+    """Recurrence(what the sizes ask for) -> output, state."""
+    options = [ir.AttrInt64(name, value) for name, value in {**sizes.attributes(), "threads": threads}.items()]
+    return ir.Node(DOMAIN, RECURRENCE, inputs, options, num_outputs=2, version=1)
 
 
 def named(node: ir.Node) -> str:
@@ -100,15 +132,15 @@ def named(node: ir.Node) -> str:
     return f"{kind(fields['form'])} in 8 bits" if node.op_type == "Quantised" else node.op_type
 
 
-def _operator(node: ir.Node, constants: Constants) -> AbstractMatrix:
-    """The matrix that the node holds, its spec compared with its tensors; NotCovered says why there is none for the kernels."""
+def _operator(node: ir.Node, constants: Constants) -> AbstractOperator:
+    """What the node holds, its spec compared with its tensors; NotCovered says why there is nothing for the kernels."""
     spec, _ = spec_of(node)
     operator, leaves = skeleton(spec)
-    if not isinstance(operator, AbstractMatrix):
-        raise NotCovered("maps of sequences have no kernel")
-    x, *factors = node.inputs
-    if x is None or x.dtype not in (ir.DataType.FLOAT, None):
-        raise NotCovered(f"its input is {x.dtype if x is not None else 'absent'}; kernels take float32")
+    names = list(operator.inputs()) if isinstance(operator, AbstractMap) else ["x"]
+    given, factors = node.inputs[: len(names)], node.inputs[len(names) :]
+    for value in given:
+        if value is None or value.dtype not in (ir.DataType.FLOAT, None):
+            raise NotCovered(f"its input is {value.dtype if value is not None else 'absent'}; kernels take float32")
     if len(factors) != len(leaves) or any(v is None or not constants.is_const(v) for v in factors):
         raise NotCovered("its weights are not stored in the model")
     tensors = [constants.load(v) for v in factors if v is not None]
@@ -116,9 +148,13 @@ def _operator(node: ir.Node, constants: Constants) -> AbstractMatrix:
         if leaf.shape != tensor.shape or leaf.dtype != tensor.dtype:
             raise NotCovered(f"a weight is {tensor.dtype} {list(tensor.shape)}, its spec says {leaf.dtype} {list(leaf.shape)}")
     made = unflatten(spec, tensors)
-    assert isinstance(made, AbstractMatrix)
-    made.cost()  # sizes that do not fit together are an assertion there, before anything is allocated
-    for value, width in zip((x, node.outputs[0]), reversed(made.shape), strict=True):
-        if value.shape is None or len(value.shape) == 0 or value.shape[-1] != width:
-            raise NotCovered(f"{value.name} is {value.shape}, its spec says {width} features")
+    if isinstance(made, AbstractMatrix):
+        _check_widths(made, given[0], node.outputs[0])
     return made
+
+
+def _check_widths(matrix: AbstractMatrix, x: ir.Value | None, y: ir.Value) -> None:
+    matrix.cost()  # sizes that do not fit together are an assertion there, before anything is allocated
+    for value, width in zip((x, y), reversed(matrix.shape), strict=True):
+        if value is None or value.shape is None or len(value.shape) == 0 or value.shape[-1] != width:
+            raise NotCovered(f"{value.name if value else 'x'} is {value.shape if value else 'absent'}, its spec says {width} features")

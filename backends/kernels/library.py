@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.kernels.pack import Layout
+from rewriter.backends.kernels.recurrences import Sizes
 from rewriter.cache import default_folder, digest, write_atomically
 from rewriter.errors import RewriteError
 
@@ -123,6 +125,7 @@ class Kernels:
         self.library = ctypes.CDLL(str(path))
         self.library.structured_check.restype = ctypes.c_char_p
         self.library.structured_skips.restype = ctypes.c_int64
+        self.library.structured_recurrence.restype = ctypes.c_int64
         lanes, panel = ctypes.c_int64(), ctypes.c_int64()
         self.library.structured_layout(ctypes.byref(lanes), ctypes.byref(panel))
         self.layout = Layout(lanes.value, panel.value)
@@ -143,6 +146,20 @@ class Kernels:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (packed, rows, added, y)]
         self.library.structured_run(*pointers, ctypes.c_int64(len(rows)), ctypes.c_int64(threads or torch.get_num_threads()))
         return y.reshape(*x.shape[:-1], outputs)
+
+    def recur(self, sizes: Sizes, inputs: Sequence[Tensor], outputs: Sequence[Sequence[int]], threads: int = 0) -> list[Tensor]:
+        """The sequences, state and rates that the sizes ask for -> tensors of these shapes; RewriteError where an input does not fit."""
+        given = [x.contiguous() for x in inputs]
+        made = [given[0].new_empty(shape) for shape in outputs]
+        batch, time = (ctypes.c_int64(n) for n in given[0].shape[:2])
+        numbers = (ctypes.c_int64 * 8)()
+        count = self.library.structured_recurrence(sizes.packed(), batch, time, numbers)
+        held = [x.numel() for x in (*given, *made)]
+        if count != len(given) or held != numbers[: len(held)] or any(x.dtype != torch.float32 for x in given):
+            raise RewriteError(f"the kernel does not take {[f'{x.dtype} {list(x.shape)}' for x in given]} for {sizes}")
+        pointers = [(ctypes.c_void_p * len(ts))(*[t.data_ptr() for t in ts]) for ts in (given, made)]
+        self.library.structured_recur(sizes.packed(), *pointers, batch, time, ctypes.c_int64(threads or torch.get_num_threads()))
+        return made
 
     def _check(self, packed: Tensor, rows: Tensor, outputs: int) -> None:
         wrong = self.library.structured_check(ctypes.c_void_p(packed.data_ptr()), ctypes.c_int64(packed.numel()))

@@ -15,10 +15,11 @@ import torch
 
 from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.kernels import naive
-from rewriter.backends.kernels.covering import DOMAIN, Covered, chain_node, cover
+from rewriter.backends.kernels.covering import DOMAIN, Covered, chain_node, cover, recurrence_node
 from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import Ending, plan
+from rewriter.backends.kernels.recurrences import Sizes
 from rewriter.backends.onnx.run import CPU, Session, loadable
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.backends.onnx.widen import needs_widening, widen
@@ -83,7 +84,7 @@ def trusted() -> Kernels:
 
 
 def check(library: Kernels) -> None:
-    """RewriteError unless one node gives what its naive form gives."""
+    """RewriteError unless one node of each kind gives what its naive form gives."""
     from rewriter.algebra import BlockDiagonal, Compose, Dense
 
     rng = torch.Generator().manual_seed(0)
@@ -93,11 +94,21 @@ def check(library: Kernels) -> None:
     for operator in (floats, integers):
         steps = plan(operator, Ending(torch.randn(operator.shape[0], generator=rng), "gelu"))
         x = torch.randn(7, steps.inputs, generator=rng)
-        found, wanted = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"], naive.run(steps, x)
-        rtol, atol = EQUAL[torch.float32]
-        if not torch.allclose(found, wanted, rtol, atol):
-            off = (found - wanted).abs().max()
-            raise RewriteError(f"the kernels are off by {off:.1e} from their plain form on this machine; they are not used")
+        found = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"]
+        _compared(found, naive.run(steps, x))
+    decay, drive = torch.rand(2, 9, 6, generator=rng), torch.randn(2, 9, 6, generator=rng)
+    found = recurrence_session(Sizes(0, heads=6, width=1), library)({"decay": decay, "drive": drive})["y"]
+    wanted, h = [], torch.zeros(2, 6)
+    for t in range(9):
+        h = decay[:, t] * h + drive[:, t]
+        wanted.append(h)
+    _compared(found, torch.stack(wanted, 1))
+
+
+def _compared(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    if not torch.allclose(found, wanted, *EQUAL[torch.float32]):
+        off = (found - wanted).abs().max()
+        raise RewriteError(f"the kernels are off by {off:.1e} from their plain form on this machine; they are not used")
 
 
 def session_of(packed: torch.Tensor, inputs: int, outputs: int, library: Kernels, threads: int = 1) -> Session:
@@ -109,3 +120,13 @@ def session_of(packed: torch.Tensor, inputs: int, outputs: int, library: Kernels
     y.name, y.shape, y.type = "y", ir.Shape(["rows", outputs]), x.type
     graph = ir.Graph([x], [y], nodes=[node], initializers=[weights], opset_imports={"": 20, DOMAIN: 1}, name="chain")
     return Session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), threads, library=str(library.path))
+
+
+def recurrence_session(sizes: Sizes, library: Kernels) -> Session:
+    """A model of one Recurrence entry by entry, "decay" and "drive" (batch, time, heads) -> "y"."""
+    inputs = [ir.val(name, ir.DataType.FLOAT, ["batch", "time", sizes.heads]) for name in ("decay", "drive")]
+    node = recurrence_node(inputs, sizes, 1)
+    y, state = node.outputs
+    y.name, y.shape, y.type, state.name = "y", inputs[0].shape, inputs[0].type, "state"
+    graph = ir.Graph(inputs, [y], nodes=[node], opset_imports={"": 20, DOMAIN: 1}, name="recurrence")
+    return Session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), 1, library=str(library.path))

@@ -1,25 +1,30 @@
-"""structured::chain(x, packed, outputs) for torch: a rewritten program as a module for inference whose covered layers run in the kernels.
+"""structured::chain(x, packed, outputs) and structured::recur(inputs, factors, spec) for torch: a rewritten program as a module for
+inference whose covered layers run in the kernels.
 
 The weights are packed for this CPU, so such a module is made where it runs; it is not for training, nor for a file.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from rewriter.backends.fx.custom_op import LIBRARY, MAP, SITE, map_body
+from rewriter.backends.fx.custom_op import LIBRARY, MAP, SITE, fake_map, map_body
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.target import as_module
 from rewriter.backends.fx.trace import decomposed
+from rewriter.backends.kernels.covering import covers
 from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import Ending, NotCovered, plan
+from rewriter.backends.kernels.recurrences import Sizes, sizes_of
 from rewriter.backends.kernels.session import trusted
-from rewriter.operator import AbstractMatrix, unflatten
+from rewriter.operator import AbstractMatrix, skeleton, unflatten
 
 LIBRARY.define("chain(Tensor x, Tensor packed, int outputs) -> Tensor")
 
@@ -30,6 +35,34 @@ def _run(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
 
 def _fake(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
+
+
+LIBRARY.define("recur(Tensor[] inputs, Tensor[] factors, str spec) -> Tensor[]")
+
+
+def _recur(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str) -> list[Tensor]:
+    return kernels().recur(_sizes(spec), [*inputs, *factors], [y.shape for y in _fake_recur(inputs, factors, spec)])
+
+
+def _fake_recur(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str) -> list[Tensor]:
+    return fake_map(inputs, factors, spec, "")
+
+
+@functools.cache
+def _sizes(spec: str) -> Sizes:
+    return sizes_of(skeleton(spec)[0])
+
+
+LIBRARY.impl("recur", _recur, "CPU")
+torch.library.register_fake("structured::recur", _fake_recur, lib=LIBRARY)
+RECUR = torch.ops.structured.recur.default
+
+
+def _map(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
+    """By the kernel where there is one."""
+    if covers(skeleton(spec)[0]) and all(x.dtype == torch.float32 for x in (*inputs, *factors)):
+        return list(RECUR(inputs, factors, spec))
+    return map_body(inputs, factors, spec, name)
 
 
 LIBRARY.impl("chain", _run, "CPU")
@@ -47,7 +80,7 @@ def with_kernels(graph: FxGraph) -> nn.Module:
     library = trusted()
     clean = graph.clone()
     clean.prune()
-    module = as_module(decomposed(clean.program, {MAP: map_body}))
+    module = as_module(decomposed(clean.program, {MAP: _map}))
     module.requires_grad_(False)
     for number, node in enumerate(module.graph.find_nodes(op="call_function", target=SITE)):
         _cover(module, node, f"packed_{number}", library)

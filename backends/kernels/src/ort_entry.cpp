@@ -1,18 +1,14 @@
 // structured.kernels::Chain(x, packed[, skip]) for ONNX Runtime: one node runs a packed chain on the session's own threads.
-#include <algorithm>
 #include <cstdlib>
 #include <new>
 
-#include "chain.hpp"
-#include "ort_abi.hpp"
+#include "ort_op.hpp"
 
 using namespace structured;
 
 namespace {
 
 const char* const DOMAIN = "structured.kernels";
-constexpr size_t MOST_AXES = 16;
-constexpr int64_t MOST_THREADS = 1024;
 
 struct Kernel {
   const ort::Api& api;
@@ -21,9 +17,6 @@ struct Kernel {
   void* copy;
   ~Kernel() { std::free(copy); }
 };
-
-#define RETURN_IF_WRONG(call) \
-  if (ort::Status* status = (call)) return status
 
 ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   int64_t threads = 1, bytes = 0;
@@ -55,31 +48,6 @@ ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::Kernel
   }
   *out = new Kernel{*api, std::clamp<int64_t>(threads, 1, MOST_THREADS), data, copy};
   return nullptr;
-}
-
-struct Pool {
-  const ort::Api& api;
-  ort::KernelContext* context;
-  ort::Status* status;
-};
-
-void parallel(void* with, void (*task)(void*, size_t), size_t count, void* data) {
-  Pool& pool = *(Pool*)with;
-  if (ort::Status* status = pool.api.parallel_for(pool.context, task, count, 0, data)) {
-    if (pool.status) pool.api.release_status(pool.status);
-    pool.status = status;
-  }
-}
-
-// The tensor's shape; its rank is 1 to 16.
-ort::Status* shape_of(const ort::Api& api, const ort::Value* value, int64_t* dims, size_t* rank) {
-  ort::TensorInfo* shape = nullptr;
-  RETURN_IF_WRONG(api.tensor_info(value, &shape));
-  ort::Status* status = api.dimensions_count(shape, rank);
-  if (!status && *rank >= 1 && *rank <= MOST_AXES) status = api.dimensions(shape, dims, *rank);
-  api.release_tensor_info(shape);
-  if (status) return status;
-  return *rank >= 1 && *rank <= MOST_AXES ? nullptr : api.create_status(ort::INVALID_ARGUMENT, "a Chain takes 1 to 16 axes");
 }
 
 ort::Status* compute(void* self, ort::KernelContext* context) {
@@ -120,23 +88,11 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
 }
 
 ort::CustomOp chain_op() {
-  ort::CustomOp op{};
-  op.version = ort::API_VERSION;
-  op.name = [](const ort::CustomOp*) { return "Chain"; };
-  op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
+  ort::CustomOp op = operation<Kernel>("Chain", create, compute);
   op.input_type = [](const ort::CustomOp*, size_t i) -> int { return i == 1 ? ort::UINT8 : ort::FLOAT; };
   op.input_count = [](const ort::CustomOp*) -> size_t { return 3; };
-  op.output_type = [](const ort::CustomOp*, size_t) -> int { return ort::FLOAT; };
   op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
-  op.destroy = [](void* kernel) { delete (Kernel*)kernel; };
-  op.input_kind = [](const ort::CustomOp*, size_t i) { return i == 2 ? 1 : 0; };  // 1: may be absent
-  op.output_kind = [](const ort::CustomOp*, size_t) { return 0; };
-  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
-  op.variadic_input_least = op.variadic_input_alike = op.variadic_output_least = op.variadic_output_alike = [](const ort::CustomOp*) { return 1; };
-  op.create_kernel_v2 = create;
-  op.compute_v2 = compute;
-  op.first_version = [](const ort::CustomOp*) { return 1; };
-  op.last_version = [](const ort::CustomOp*) { return INT32_MAX; };
+  op.input_kind = [](const ort::CustomOp*, size_t i) -> int { return i == 2 ? OPTIONAL : REQUIRED; };
   return op;
 }
 
@@ -145,9 +101,10 @@ ort::CustomOp chain_op() {
 extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   const ort::Api* api = base->get_api(ort::API_VERSION);
   if (!api) return nullptr;  // an ONNX Runtime before 1.17: who loads the library has asked for its version first
-  static const ort::CustomOp op = chain_op();
+  static const ort::CustomOp chain = chain_op(), recurrence = recurrence_op();
   ort::CustomOpDomain* domain = nullptr;
   RETURN_IF_WRONG(api->create_domain(DOMAIN, &domain));
-  RETURN_IF_WRONG(api->add_to_domain(domain, &op));
+  RETURN_IF_WRONG(api->add_to_domain(domain, &chain));
+  RETURN_IF_WRONG(api->add_to_domain(domain, &recurrence));
   return api->add_domain(options, domain);
 }

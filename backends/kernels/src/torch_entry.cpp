@@ -1,5 +1,5 @@
 // The plain C entry: what the packed form looks like, and a run on raw pointers, its threads OpenMP's.
-#include "chain.hpp"
+#include "recurrence.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -10,6 +10,15 @@ using namespace structured;
 static void openmp(void*, void (*task)(void*, size_t), size_t count, void* data) {
 #pragma omp parallel for schedule(dynamic, 1)
   for (size_t i = 0; i < count; ++i) task(data, i);
+}
+
+static int threads_of(int64_t asked) {
+#if defined(_OPENMP)
+  return asked ? (int)asked : omp_get_max_threads();
+#else
+  (void)asked;
+  return 1;
+#endif
 }
 
 template <class F> static int64_t peak(int64_t repeats) {
@@ -43,12 +52,24 @@ const char* structured_check(const void* packed, int64_t bytes) { return Chain(p
 // x (rows, n), skip and y (rows, m) float32 without gaps; `packed` aligned to 64 bytes and checked. threads 0: as many as OpenMP has.
 void structured_run(const void* packed, const float* x, const float* skip, float* y, int64_t rows, int64_t threads) {
   const Chain chain(packed);
-#if defined(_OPENMP)
-  const int count = threads ? (int)threads : omp_get_max_threads();
-#else
-  const int count = 1;
-#endif
-  run(chain, x, skip, y, (size_t)rows, Threads{count, openmp, nullptr});
+  run(chain, x, skip, y, (size_t)rows, Threads{threads_of(threads), openmp, nullptr});
+}
+
+// 0 where the sizes do not fit together; else how many inputs a recurrence takes. `numbers`: those of each input, then of the two outputs.
+int64_t structured_recurrence(const void* sizes, int64_t batch, int64_t time, int64_t* numbers) {
+  const Recurrence& of = *(const Recurrence*)sizes;
+  if (!of.sound()) return 0;
+  Recurrence::Input wanted[MOST_INPUTS];
+  const int count = of.inputs(wanted);
+  for (int i = 0; i < count; ++i) numbers[i] = wanted[i].numbers * (wanted[i].once ? 1 : wanted[i].sequence ? batch * time : batch);
+  numbers[count] = batch * time * of.outputs();
+  numbers[count + 1] = batch * of.state();
+  return count;
+}
+
+// Inputs as counted above, (batch, time, numbers), (batch, numbers) or (numbers); outputs (batch, time, outputs) and (batch, state).
+void structured_recur(const void* sizes, const float* const* in, float* const* out, int64_t batch, int64_t time, int64_t threads) {
+  run(*(const Recurrence*)sizes, in, out, batch, time, Threads{threads_of(threads), openmp, nullptr});
 }
 
 // The multiply-adds of `repeats` tiles whose weights stay in the first cache: what the arithmetic allows at most.

@@ -1,0 +1,61 @@
+"""A recurrence as the kernel takes it: sizes and flags, and which input is which (see src/recurrence.hpp).
+
+Entry by entry: RG-LRU, Mamba's selective scan. Matrix states: linear attention, retention, delta rules, products of Householder factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from rewriter.backends.kernels.plan import NotCovered
+from rewriter.operator import AbstractOperator, flatten
+
+DECAYS = ("", "head", "key")  # as the kernel numbers them
+
+
+ORDER = ("kind", "heads", "key", "width", "queries", "keys", "factors", "delta", "decay", "stored", "read", "carried")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The kernel's struct Recurrence, field for field."""
+
+    kind: int  # 0: entries, 1: matrices
+    heads: int
+    width: int
+    key: int = 1
+    queries: int = 1
+    keys: int = 1
+    factors: int = 1
+    delta: int = 0
+    decay: int = 0  # of DECAYS
+    stored: int = 0  # the decay is a constant, the last input
+    read: int = 0  # by a query
+    carried: int = 0  # the state is an input
+    scale: float = 1.0
+
+    def attributes(self) -> dict[str, int]:
+        """As a node has them; of the scale the bits of a double."""
+        (bits,) = struct.unpack("q", struct.pack("d", self.scale))
+        return {**{name: getattr(self, name) for name in ORDER}, "scale": bits}
+
+    def packed(self) -> bytes:
+        """The struct's bytes."""
+        return struct.pack(f"{len(ORDER)}qd", *(getattr(self, name) for name in ORDER), self.scale)
+
+
+def sizes_of(operator: AbstractOperator) -> Sizes:
+    """NotCovered where the kernel has nothing for such a map. Operators are known by name, as in a file's spec."""
+    name = type(operator).__name__
+    fields: dict[str, Any] = json.loads(flatten(operator)[1])["fields"]
+    if name == "DiagonalRecurrence":
+        return Sizes(0, fields["rows"], fields["width"], read=fields["read"], carried=fields["carried"])
+    if name in ("LinearAttention", "Retention"):
+        same = {f.name: fields[f.name] for f in dataclasses.fields(Sizes) if f.name in fields}
+        delta, stored = fields["rule"] == "delta", name == "Retention"
+        return Sizes(1, **{**same, "decay": DECAYS.index(fields["decay"]), "delta": delta, "stored": stored})
+    raise NotCovered(f"there is no kernel for {name}")
