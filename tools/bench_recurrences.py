@@ -1,7 +1,8 @@
 """transformers' own recurrences under ONNX Runtime: exported as they are, at one length, against raised to one node of any length.
 
-The functions are the ones that Qwen3-Next and Mamba-2 call, at sizes that such models have. Both files are timed in turn in one process;
-the ratio is the median of paired ratios, its spread the 10th and 90th percentile. Nothing is printed where results differ.
+The functions are the ones that Qwen3-Next and Mamba-2 call, at sizes that such models have; the raised file runs on stock operators and in
+this package's kernels. All are timed in turn in one process; a ratio is the median of paired ratios to the file as it is, its spread the
+10th and 90th percentile. Nothing is printed where results differ. Below, recurrences alone: every stock form against the kernel.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ from rewriter.backend import EmitOptions
 from rewriter.backends.files.export import export_module
 from rewriter.backends.files.quiet import muted
 from rewriter.backends.fx.graph import FxGraph
+from rewriter.backends.kernels.session import open_covered
+from rewriter.backends.onnx.measure import KERNEL, time_bodies
 from rewriter.backends.onnx.run import Session
+from rewriter.backends.onnx.sequence_ops import lowerings
 from rewriter.inputs import parse_input
+from rewriter.operator import AbstractRecurrence, flatten
+from rewriter.passes.structures.diagonal_recurrence import DiagonalRecurrence
+from rewriter.passes.structures.linear_attention import LinearAttention
 from rewriter.timing import interleave
 from rewriter.tolerances import EQUAL
 
@@ -98,10 +105,46 @@ def raised(row: Row, path: Path) -> str:
     return "; ".join(notes)
 
 
+ALONE: dict[str, AbstractRecurrence] = {
+    "RG-LRU, 2,560 states": DiagonalRecurrence(2560),
+    "Mamba scan, 768 channels of 16 states": DiagonalRecurrence(768, 16, read=True),
+    "gated delta rule, 12 heads of 64 x 64": LinearAttention(12, 64, 64, 12, 12, decay="head"),
+    "Mamba-2, 24 heads of 64 x 64": LinearAttention(24, 64, 64, 1, 1, rule="plain", decay="head"),
+    "GLA, 8 heads of 128 x 128": LinearAttention(8, 128, 128, 8, 8, rule="plain", decay="key"),
+    "product of 2 Householder factors, 12 heads of 64 x 64": LinearAttention(12, 64, 64, 12, 12, factors=2),
+}
+OPSET = 23
+
+
+def alone() -> Table:
+    """Milliseconds of each form; the ratio is the fastest stock one over the kernel."""
+    table = Table(title="recurrences alone, 1 thread, milliseconds")
+    for column in ("recurrence", "tokens", "stock forms", "kernel", "fastest stock / kernel"):
+        table.add_column(column)
+    for name, operator in ALONE.items():
+        spec = flatten(operator)[1]
+        forms = lowerings(spec, True, OPSET)
+        for tokens in (1, 64, 512):
+            *stock, kernel = (1e3 * s for s in time_bodies([(spec, form) for form in (*forms, KERNEL)], 0, tokens, 1, opset=OPSET))
+            said = ", ".join(f"{form} {ms:.3f}" for form, ms in zip(forms, stock, strict=True))
+            table.add_row(name, str(tokens), said, f"{kernel:.3f}", f"{min(stock) / kernel:.1f}x")
+    return table
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     table = Table(title=f"ONNX Runtime, CPU, 1 thread; {HEADS} heads of {WIDTH}, {SSM_HEADS} heads of {SSM_WIDTH} with {SSM_STATES} states")
-    for column in ("function", "tokens", "as it is ms", "raised ms", "ratio (spread)", "target", "largest error"):
+    for column in (
+        "function",
+        "tokens",
+        "as it is ms",
+        "raised ms",
+        "ratio (spread)",
+        "target",
+        "kernels ms",
+        "ratio (spread)",
+        "largest error",
+    ):
         table.add_column(column)
     for row in ROWS:
         with tempfile.TemporaryDirectory() as folder:
@@ -110,18 +153,21 @@ def main() -> None:
             said = raised(row, after)
             if "raised to one" not in said:
                 sys.exit(f"{row.name} was not raised: {said}")
-            slow, fast = Session(str(before), 1), Session(str(after), 1)
+            slow, fast, kernels = Session(str(before), 1), Session(str(after), 1), open_covered(after, 1)
         feeds = inputs(row)
         expected = row.module(**feeds)
         expected = expected if isinstance(expected, tuple) else (expected,)
-        errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(fast(feeds).values(), expected, strict=True)]
+        results = [*fast(feeds).values(), *kernels(feeds).values()]
+        errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, [*expected, *expected], strict=True)]
         if max(errors) > EQUAL[torch.float32][0]:
             sys.exit(f"{row.name}: the raised function is off by {max(errors):.2g}")
-        timing = interleave([functools.partial(s.session.run, None, s.arrays(feeds)) for s in (slow, fast)], seconds=3)
-        low, middle, high = timing.ratio(0, 1)
-        times = (f"{1e3 * timing.seconds(0):.2f}", f"{1e3 * timing.seconds(1):.2f}", f"{middle:.1f}x ({low:.1f}-{high:.1f})")
-        table.add_row(row.name, str(row.tokens), *times, row.target, f"{max(errors):.1e}")
-    Console(width=120).print(table)
+        timing = interleave([functools.partial(s.session.run, None, s.arrays(feeds)) for s in (slow, fast, kernels)], seconds=3)
+        cells = [f"{1e3 * timing.seconds(0):.2f}"]
+        for which, target in ((1, [row.target]), (2, [])):
+            low, middle, high = timing.ratio(0, which)
+            cells += [f"{1e3 * timing.seconds(which):.2f}", f"{middle:.1f}x ({low:.1f}-{high:.1f})", *target]
+        table.add_row(row.name, str(row.tokens), *cells, f"{max(errors):.1e}")
+    Console(width=140).print(table, alone())
 
 
 if __name__ == "__main__":
