@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.kernels.following import Following, following
-from rewriter.backends.kernels.pack import Layout, pack
+from rewriter.backends.kernels.library import Kernels
+from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import NotCovered, for_session
 from rewriter.backends.kernels.recurrences import Sizes, sizes_of
 from rewriter.backends.onnx.constants import Constants
@@ -35,11 +36,11 @@ class Covered:
     fused: tuple[str, ...] = ()  # what went with it, see Following.said
 
 
-def cover(model: ir.Model, layout: Layout, threads: int) -> list[Covered]:
+def cover(model: ir.Model, library: Kernels, threads: int) -> list[Covered]:
     """Every opaque node, in order."""
     if any(node.domain == DOMAIN for node in [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]):
         raise RewriteError(f"the model holds {DOMAIN} nodes of its own; those are made in memory alone, for one machine: no file has any")
-    under_way = _Cover(model, layout, threads)
+    under_way = _Cover(model, library, threads)
     found = [under_way.node(node) for node in list(model.graph.all_nodes()) if is_opaque(node)]
     if any(not c.reason for c in found):
         model.graph.opset_imports[DOMAIN] = 1
@@ -51,8 +52,8 @@ def cover(model: ir.Model, layout: Layout, threads: int) -> list[Covered]:
 class _Cover:
     """One model under way; equal layers share their packed weights."""
 
-    def __init__(self, model: ir.Model, layout: Layout, threads: int) -> None:
-        self.model, self.layout, self.threads = model, layout, threads
+    def __init__(self, model: ir.Model, library: Kernels, threads: int) -> None:
+        self.model, self.library, self.threads = model, library, threads
         self.names, self.constants = Names(model), Constants(model.graph.opset_imports.get("", 20))
         self.stored: dict[str, ir.Value] = {}  # packed weights by their hash
 
@@ -64,7 +65,7 @@ class _Cover:
                 return self._recurrence(node, operator, site)
             assert isinstance(operator, AbstractMatrix)
             found = following(node.outputs[0], operator.shape[0], self.constants)
-            packed = pack(for_session(operator, found.ending), self.layout)
+            packed = pack(for_session(operator, found.ending), self.library.layout)
             said = named(node)
         except NotCovered as left:
             return Covered(site, node.op_type, str(left))
@@ -76,7 +77,7 @@ class _Cover:
 
     def _recurrence(self, node: ir.Node, operator: AbstractMap, site: str) -> Covered:
         """One Recurrence with the node's own inputs and outputs."""
-        made = recurrence_node(node.inputs, sizes_of(operator), self.threads)
+        made = recurrence_node(node.inputs, taken(operator, self.library), self.threads)
         made.name = self.names.unused(f"{RECURRENCE}_{site}")
         assert node.graph is not None
         node.graph.insert_after(node, made)
@@ -104,10 +105,18 @@ class _Cover:
         end.name, made.name = self.names.unused(f"{known}.before"), known
 
 
-def covers(operator: AbstractOperator) -> bool:
+def taken(operator: AbstractOperator, library: Kernels) -> Sizes:
+    """What the kernel is to do for a recurrence; NotCovered where it has nothing for it."""
+    sizes = sizes_of(operator)
+    if not library.takes(sizes):
+        raise NotCovered("its sizes do not fit together, or are larger than the kernel takes")
+    return sizes
+
+
+def covers(operator: AbstractOperator, library: Kernels) -> bool:
     """Whether the kernels have something for it."""
     try:
-        for_session(operator) if isinstance(operator, AbstractMatrix) else sizes_of(operator)
+        for_session(operator) if isinstance(operator, AbstractMatrix) else taken(operator, library)
     except NotCovered:
         return False
     return True
@@ -150,7 +159,19 @@ def _operator(node: ir.Node, constants: Constants) -> AbstractOperator:
     made = unflatten(spec, tensors)
     if isinstance(made, AbstractMatrix):
         _check_widths(made, given[0], node.outputs[0])
+    if isinstance(made, AbstractMap):
+        _check_shapes(made, given, node)
     return made
+
+
+def _check_shapes(made: AbstractMap, given: Sequence[ir.Value | None], node: ir.Node) -> None:
+    wanted = made.inputs()
+    if len(given) != len(wanted) or len(node.outputs) != len(made.outputs()):
+        raise NotCovered("it has other inputs or outputs than its spec says")
+    for value, (name, dims) in zip(given, wanted.items(), strict=True):
+        shape = None if value is None else value.shape
+        if shape is None or len(shape) != len(dims) or any(isinstance(d, int) and d != s for d, s in zip(dims, shape, strict=True)):
+            raise NotCovered(f"{name} is {shape}, its spec says {list(dims)}")
 
 
 def _check_widths(matrix: AbstractMatrix, x: ir.Value | None, y: ir.Value) -> None:

@@ -147,6 +147,10 @@ class Kernels:
         self.library.structured_run(*pointers, ctypes.c_int64(len(rows)), ctypes.c_int64(threads or torch.get_num_threads()))
         return y.reshape(*x.shape[:-1], outputs)
 
+    def takes(self, sizes: Sizes) -> bool:
+        """Whether the sizes of a recurrence fit together, within what the kernel's arithmetic holds."""
+        return bool(self.library.structured_recurrence(sizes.packed(), ctypes.c_int64(1), ctypes.c_int64(1), (ctypes.c_int64 * 8)()))
+
     def recur(self, sizes: Sizes, inputs: Sequence[Tensor], outputs: Sequence[Sequence[int]], threads: int = 0) -> list[Tensor]:
         """The sequences, state and rates that the sizes ask for -> tensors of these shapes; RewriteError where an input does not fit."""
         given = [x.contiguous() for x in inputs]

@@ -43,7 +43,7 @@ def inference_session(path: str | Path, sess_options: Any = None, providers: Seq
     except RewriteError as problem:
         warnings.warn(f"{path} runs on stock operators: {problem}", RuntimeWarning, stacklevel=3)
         return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
-    if all(c.reason for c in cover(model, library.layout, threads)):
+    if all(c.reason for c in cover(model, library, threads)):
         return ort.InferenceSession(str(path), options, providers=providers or [CPU])  # type: ignore[attr-defined]
     if id(options) not in _registered:
         options.register_custom_ops_library(str(library.path))
@@ -62,14 +62,14 @@ def open_covered(path: str | Path, threads: int, provider: str = CPU) -> Session
     model, library = load_onnx(path), trusted()
     if needs_widening(model):
         widen(model)
-    cover(model, library.layout, threads)
+    cover(model, library, threads)
     with loadable(model) as source:
         return Session(source, threads, provider=provider, library=str(library.path))
 
 
 def coverage(path: str | Path) -> list[Covered]:
     """What the kernels would take of a model, node by node."""
-    return cover(load_onnx(path), trusted().layout, 1)
+    return cover(load_onnx(path), trusted(), 1)
 
 
 @functools.cache

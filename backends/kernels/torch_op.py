@@ -60,7 +60,7 @@ RECUR = torch.ops.structured.recur.default
 
 def _map(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
     """By the kernel where there is one."""
-    if covers(skeleton(spec)[0]) and all(x.dtype == torch.float32 for x in (*inputs, *factors)):
+    if covers(skeleton(spec)[0], kernels()) and all(x.dtype == torch.float32 for x in (*inputs, *factors)):
         return list(RECUR(inputs, factors, spec))
     return map_body(inputs, factors, spec, name)
 

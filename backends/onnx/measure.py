@@ -57,8 +57,9 @@ def measure(
 def _covers(spec: str) -> bool:
     """Whether a session with kernels runs the form in them."""
     from rewriter.backends.kernels.covering import covers
+    from rewriter.backends.kernels.session import trusted
 
-    return covers(random_form(spec))
+    return covers(random_form(spec), trusted())
 
 
 def measure_lowerings(spec: str, rank: int, lowerings: Sequence[str], tokens: int, threads: int, opset: int = OPSET) -> list[float]:
@@ -102,7 +103,7 @@ def body_call(
         from rewriter.backends.kernels.covering import cover
         from rewriter.backends.kernels.session import trusted
 
-        cover(model, trusted().layout, threads)
+        cover(model, trusted(), threads)
         library = str(trusted().path)
     attach(model, lambda _spec, _rank: lowering)
     session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider, library=library)

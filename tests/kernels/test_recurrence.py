@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import struct
 import subprocess
@@ -23,6 +22,7 @@ from rewriter.backends.kernels.session import coverage, open_covered
 from rewriter.backends.kernels.torch_op import RECUR
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.measure import stacked_maps
+from rewriter.backends.onnx.opaque import SPEC
 from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractRecurrence
@@ -110,10 +110,10 @@ UNSOUND = (
 @pytest.mark.parametrize("change", UNSOUND, ids=str)
 def test_sizes_that_do_not_fit_together_are_refused(change: dict[str, int]) -> None:
     sound = Sizes(1, heads=4, width=8, key=8, queries=4, keys=4)
-    numbers = (ctypes.c_int64 * 8)()
-    count = kernels().library.structured_recurrence
-    assert count(sound.packed(), ctypes.c_int64(1), ctypes.c_int64(1), numbers) == 3
-    assert count(dataclasses.replace(sound, **change).packed(), ctypes.c_int64(1), ctypes.c_int64(1), numbers) == 0  # type: ignore[arg-type]
+    assert kernels().takes(sound) and not kernels().takes(dataclasses.replace(sound, **change))  # type: ignore[arg-type]
+    operator = LinearAttention(2, 5, 3, 2, 2)
+    with pytest.raises(RewriteError, match="the kernel does not take"):
+        kernels().recur(dataclasses.replace(sizes_of(operator), **change), inputs(operator, 1, 1, 0), [(1, 1, 6), (1, 2, 5, 3)])  # type: ignore[arg-type]
 
 
 def test_other_maps_are_left_alone() -> None:
@@ -125,12 +125,43 @@ def model(operator: AbstractRecurrence) -> ir.Model:
     return stacked_maps([operator])
 
 
+def lying(change: str) -> ir.Model:
+    """A recurrence of which something is not as its spec says."""
+    found = model(LinearAttention(2, 5, 3, 2, 2))
+    (node,) = found.graph
+    match change:
+        case "a width":
+            node.inputs[1].shape = ir.Shape(["batch", "time", 11])  # type: ignore[union-attr]
+        case "a rank":
+            node.inputs[0].shape = ir.Shape(["batch", 10])  # type: ignore[union-attr]
+        case "no shape":
+            node.inputs[2].shape = None  # type: ignore[union-attr]
+        case "a missing input":
+            node.resize_inputs(4)
+        case "an output":
+            node.resize_outputs(3)
+        case "sizes":
+            node.metadata_props[SPEC] = node.metadata_props[SPEC].replace('"keys":2', '"keys":7')
+        case "a size":
+            node.metadata_props[SPEC] = node.metadata_props[SPEC].replace('"scale":1.0', '"scale":"x"')
+    return found
+
+
+@pytest.mark.parametrize("change", ["a width", "a rank", "no shape", "a missing input", "an output", "sizes", "a size"])
+def test_a_node_that_lies_is_left_to_stock_operators(change: str) -> None:
+    """As it was, and in words."""
+    found = lying(change)
+    before = [(n.op_type, len(n.inputs), len(n.outputs)) for n in found.graph]
+    (covered,) = cover(found, kernels(), 1)
+    assert covered.reason and [(n.op_type, len(n.inputs), len(n.outputs)) for n in found.graph] == before
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_a_session_runs_it(seed: int) -> None:
     """At several lengths and batches, with the state as it was named."""
     operator = recurrence(seed)
     covered = model(operator)
-    (found,) = cover(covered, kernels().layout, 2)
+    (found,) = cover(covered, kernels(), 2)
     assert not found.reason and [n.op_type for n in covered.graph] == ["Recurrence"]
     session = Session(ir.to_proto(covered).SerializeToString(), 2, library=str(kernels().path))
     for batch, time in ((1, 1), (2, 7), (3, 0)):
@@ -143,7 +174,7 @@ def test_a_session_runs_it(seed: int) -> None:
 def test_a_file_whose_shapes_lie_ends_in_an_error() -> None:
     operator = LinearAttention(2, 5, 3, 2, 2)
     covered = model(operator)
-    cover(covered, kernels().layout, 1)
+    cover(covered, kernels(), 1)
     for value in covered.graph.inputs:
         value.shape = ir.Shape([None] * len(value.shape or ()))
     session = Session(ir.to_proto(covered).SerializeToString(), 1, library=str(kernels().path))

@@ -153,7 +153,7 @@ def test_a_spec_that_lies_about_its_weights_is_not_covered(rewritten: Path) -> N
     model = ir.load(rewritten)
     node = next(n for n in model.graph.all_nodes() if is_opaque(n))
     node.metadata_props[SPEC] = node.metadata_props[SPEC].replace('"shape":[4', '"shape":[2', 1)
-    first, *others = cover(model, library.kernels().layout, 1)
+    first, *others = cover(model, library.kernels(), 1)
     assert "its spec says" in first.reason and not any(c.reason for c in others)
 
 
