@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rewriter.allocate import FLOOR, Budget, choose
-from rewriter.curves import Curve, Point, Remembered, curves_of
+from rewriter.curves import Curve, Point, Remembered, curves_of, share_of
 from rewriter.errors import RewriteError
 from rewriter.fit import Plan, cached, fit_key, fitted, keep
 from rewriter.graph import Graph, Site
@@ -81,8 +81,7 @@ class _Units:
         """1 is the whole budget."""
         if self.budget.unit != "ms":
             return float(point.cost.of(self.budget.unit) / self.whole / self.budget.share)
-        shares: list[float] = [s / t for s, t in zip(point.seconds, self.times, strict=True)]
-        return sum(shares) / len(shares) / self.budget.share
+        return share_of(point.seconds, self.times) / self.budget.share
 
     def total(self, points: Mapping[str, Point]) -> float:
         """What a choice costs, the sites without a choice included."""

@@ -14,7 +14,7 @@ from rewriter.backend import Target
 from rewriter.cost_model import predicted
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
-from rewriter.inputs import parse_dims
+from rewriter.inputs import dim_names, parse_dims
 from rewriter.latency import latencies
 from rewriter.opened import as_file, open_model, target_of
 from rewriter.options import Options
@@ -75,7 +75,8 @@ def _contender(
 ) -> Contender:
     explicit = parse_dims(options.dims) if options.dims else {}
     rows = latencies(target, dense, rewritten, first.graph, first.specs, explicit, options.token_counts, options.threads)
-    rows = predicted(rows, first.graph, second.graph, target)
+    if not explicit and dim_names(first.specs):  # else a call brings other rows than its token count says
+        rows = predicted(rows, first.graph, second.graph, target)
     error = certify(first.graph.run, target.open(rewritten, options.threads), _samples(first, options)) if errors else None
     return Contender(name, rows, error)
 

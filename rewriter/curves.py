@@ -78,6 +78,11 @@ class _Draft:
     families: Sequence[AbstractStructure] = ()  # of the limits besides the even share
 
 
+def share_of(seconds: Sequence[float], dense: Sequence[float]) -> float:
+    """Of the dense time, every token count weighing the same: what a budget counts."""
+    return sum(s / d for s, d in zip(seconds, dense, strict=True)) / len(dense)
+
+
 def limits(share: float, cap: float) -> list[float]:
     """From the floor of a share to the dense size, evenly in the logarithm, the share itself among them; none above the cap."""
     low = FLOOR * share
@@ -198,10 +203,10 @@ class _Curves:
         """The families of the other limits."""
         forms = draft.forms
         if self.measured and len(forms) + len(draft.starts) > 1:
-            dense, *seconds = map(sum, self._seconds(draft, [*[form.spec for form in forms], *draft.starts.values()]))
-            totals = dict(zip([*[form.family for form in forms], *draft.starts], seconds, strict=True))
-            kept = {name for name in draft.starts if totals[name] < dense}
-            kept |= {f.family for f in forms if not any(NEAR * g.error < f.error and totals[g.family] < totals[f.family] for g in forms)}
+            dense, *seconds = self._seconds(draft, [*[form.spec for form in forms], *draft.starts.values()])
+            times = dict(zip([*[form.family for form in forms], *draft.starts], (share_of(s, dense) for s in seconds), strict=True))
+            kept = {name for name in draft.starts if times[name] < 1}
+            kept |= {f.family for f in forms if not any(NEAR * g.error < f.error and times[g.family] < times[f.family] for g in forms)}
         else:
             least = min((form.error for form in forms), default=0.0)
             kept = {*draft.starts, *[form.family for form in forms if form.error <= NEAR * least]}
@@ -221,5 +226,5 @@ class _Curves:
 
     def _pays(self, point: Point, dense: Point) -> bool:
         if self.context.objective == "ms":
-            return sum(point.seconds) < sum(dense.seconds)
+            return share_of(point.seconds, dense.seconds) < 1
         return point.cost.of(self.context.objective) < dense.cost.of(self.context.objective)

@@ -60,13 +60,16 @@ def main() -> int:
             assert report.output_error is not None
             sites = [s for s in report.sites if s.name.startswith(tuple(layers))]
             shares = {u: sum(s.cost[u]["after"] for s in sites) / sum(s.cost[u]["before"] for s in sites) for u in UNITS}
+            row = report.latency[0]
+            if row.ratio is None or row.ratio_spread is None:
+                raise SystemExit(f"red: {unit}: {row.note}")
             red += shares.get(unit, 0) > asked.share
-            low, high = (1 / r for r in reversed(report.latency[0].ratio_spread or [1, 1]))
+            low, high = (1 / r for r in reversed(row.ratio_spread))
             table.add_row(
                 f"{unit}{', kernels' if kernels else ''}",
                 *[f"{shares[u]:.2f}" for u in UNITS],
                 f"{report.output_error.estimate:.3f}",
-                f"{1 / (report.latency[0].ratio or 1):.2f} ({low:.2f} to {high:.2f})",
+                f"{1 / row.ratio:.2f} ({low:.2f} to {high:.2f})",
                 f"{took:.0f}",
             )
     if red:

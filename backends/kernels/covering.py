@@ -168,10 +168,19 @@ def _check_shapes(made: AbstractMap, given: Sequence[ir.Value | None], node: ir.
     wanted = made.inputs()
     if len(given) != len(wanted) or len(node.outputs) != len(made.outputs()):
         raise NotCovered("it has other inputs or outputs than its spec says")
+    known: dict[int | str, object] = {}
     for value, (name, dims) in zip(given, wanted.items(), strict=True):
         shape = None if value is None else value.shape
-        if shape is None or len(shape) != len(dims) or any(isinstance(d, int) and d != s for d, s in zip(dims, shape, strict=True)):
-            raise NotCovered(f"{name} is {shape}, its spec says {list(dims)}")
+        if shape is None or len(shape) != len(dims) or not all(_agree(d, s, known) for d, s in zip(dims, shape, strict=True)):
+            raise NotCovered(f"{name} is {shape}, its spec says {list(dims)}, alike in all inputs")
+
+
+def _agree(wanted: int | str, found: object, known: dict[int | str, object]) -> bool:
+    """A number as the spec has it; of two sizes of one name no number that the other is not: stock operators would broadcast."""
+    if isinstance(wanted, int):
+        return wanted == found
+    before = known.setdefault(wanted, found)
+    return before == found or not (isinstance(before, int) or isinstance(found, int))
 
 
 def _check_widths(matrix: AbstractMatrix, x: ir.Value | None, y: ir.Value) -> None:

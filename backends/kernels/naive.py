@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Ending, Plan, Product, X, Y
+from rewriter.backends.kernels.recurrences import Sizes
 from rewriter.quantised import rounded
 
 ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -79,3 +81,36 @@ def finished(ending: Ending, y: Tensor, skip: Tensor | None = None) -> Tensor:
         y = y + skip
     norm = ending.norm
     return y if norm is None else torch.nn.functional.layer_norm(y, y.shape[-1:], norm.gamma, norm.beta, norm.epsilon)
+
+
+def recurrence(of: Sizes, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the kernel of recurrences gives, one token and one head after the other: output (batch, time, ...) and state."""
+    given = list(inputs)
+    if of.kind == 0:
+        decay, drive = given[:2]
+        h, rows = given[-1] if of.carried else torch.zeros_like(drive[:, 0]), []
+        for t in range(drive.shape[1]):
+            h = decay[:, t] * h + drive[:, t]
+            rows.append((h.unflatten(1, (of.heads, of.width)) @ given[2][:, t, :, None]).squeeze(-1) if of.read else h)
+        return torch.stack(rows, 1), h
+    batch, time = given[0].shape[:2]
+    q = given.pop(0).view(batch, time, of.queries, of.key) * of.scale
+    k = given.pop(0).view(batch, time, of.factors, of.keys, of.key)
+    v = given.pop(0).view(batch, time, of.factors, of.heads, of.width)
+    g = given.pop(0) if of.decay and not of.stored else torch.zeros(batch, time, 1)
+    beta = given.pop(0).view(batch, time, of.factors, of.heads) if of.delta else None
+    s = given.pop(0).clone() if of.carried else torch.zeros(batch, of.heads, of.key, of.width)
+    g = given.pop(0).expand(batch, time, -1) if of.stored else g
+    g = g.unflatten(2, (of.heads, -1)) if of.decay else g[..., None]
+    group = max(1, of.queries // of.heads)
+    out = torch.zeros(batch, time, of.heads, group, of.width)
+    for b, t, head in itertools.product(range(batch), range(time), range(of.heads)):
+        s[b, head] *= g[b, t, head if of.decay else 0, :, None].exp()
+        for j in range(of.factors):
+            key, write = k[b, t, j, head * of.keys // of.heads], v[b, t, j, head]
+            if beta is not None:
+                write = beta[b, t, j, head] * (write - key @ s[b, head])
+            s[b, head] += torch.outer(key, write)
+        for n in range(group):
+            out[b, t, head, n] = q[b, t, head * group + n if of.queries >= of.heads else head * of.queries // of.heads] @ s[b, head]
+    return out.flatten(2), s

@@ -96,13 +96,16 @@ def check(library: Kernels) -> None:
         x = torch.randn(7, steps.inputs, generator=rng)
         found = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"]
         _compared(found, naive.run(steps, x))
-    decay, drive = torch.rand(2, 9, 6, generator=rng), torch.randn(2, 9, 6, generator=rng)
-    found = recurrence_session(Sizes(0, heads=6, width=1), library)({"decay": decay, "drive": drive})["y"]
-    wanted, h = [], torch.zeros(2, 6)
-    for t in range(9):
-        h = decay[:, t] * h + drive[:, t]
-        wanted.append(h)
-    _compared(found, torch.stack(wanted, 1))
+    sequences = {"decay": torch.rand(2, 9, 6, generator=rng), "drive": torch.randn(2, 9, 6, generator=rng)}
+    entries = Sizes(0, heads=6, width=1)
+    _compared(recurrence_session(entries, library)(sequences)["y"], naive.recurrence(entries, list(sequences.values()))[0])
+    matrices = Sizes(1, heads=2, width=70, key=5, queries=4, keys=1, factors=2, delta=1, decay=1, carried=1, scale=0.5)
+    for time in (3, 9):  # the kernel keeps states in two ways
+        shapes = ((2, time, 20), (2, time, 10), (2, time, 280), (2, time, 2), (2, time, 4), (2, 2, 5, 70))
+        inputs = [torch.randn(shape, generator=rng) / 4 for shape in shapes]
+        wanted = naive.recurrence(matrices, inputs)
+        for found, expected in zip(library.recur(matrices, inputs, [y.shape for y in wanted], 1), wanted, strict=True):
+            _compared(found, expected)
 
 
 def _compared(found: torch.Tensor, wanted: torch.Tensor) -> None:

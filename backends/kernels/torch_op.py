@@ -41,7 +41,14 @@ LIBRARY.define("recur(Tensor[] inputs, Tensor[] factors, str spec) -> Tensor[]")
 
 
 def _recur(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str) -> list[Tensor]:
-    return kernels().recur(_sizes(spec), [*inputs, *factors], [y.shape for y in _fake_recur(inputs, factors, spec)])
+    shapes = [y.shape for y in _fake_recur(inputs, factors, spec)]
+    return kernels().recur(_sizes(spec), [*_broadcast(inputs, shapes[0][:2]), *factors], shapes)
+
+
+def _broadcast(inputs: Sequence[Tensor], leading: Sequence[int]) -> list[Tensor]:
+    """What stands for the whole batch, or for all tokens, repeated as the plain form would. Sequences have three axes, states others."""
+    batch, time = leading
+    return [x.expand(batch, time, -1) if x.dim() == 3 else x.expand(batch, *[-1] * (x.dim() - 1)) for x in inputs]
 
 
 def _fake_recur(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str) -> list[Tensor]:

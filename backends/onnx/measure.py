@@ -37,6 +37,8 @@ def measure(
 
     `kernels`: what they cover runs in them, but for a dense weight, which is left to the runtime.
     """
+    from rewriter.backends.kernels.session import trusted
+
     known: dict[str, list[AbstractOperator]] = {}
     rank = 0 if isinstance(forms[0], AbstractMap) else 2
     for form in forms:
@@ -51,7 +53,8 @@ def measure(
         seconds = dict(zip(specs, time_bodies(bodies, rank, tokens, threads, provider), strict=True))
         return [seconds[flatten(form)[1]] for form in forms]
 
-    return measured(len(forms), time, RUNTIME, provider, contrib, kernels, tokens, threads, *[flatten(form)[1] for form in forms])
+    library = trusted().path.stem if kernels else ""  # a hash of its code, compiler, instructions
+    return measured(len(forms), time, RUNTIME, provider, contrib, library, tokens, threads, *[flatten(form)[1] for form in forms])
 
 
 def _covers(spec: str) -> bool:

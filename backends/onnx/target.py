@@ -41,9 +41,7 @@ class OnnxTarget:
         """`kernels`: what is timed and opened runs as under rewriter.inference_session; RewriteError where there are none."""
         check_provider(provider)
         self.provider, self.kernels = provider, kernels
-        self.timed_as = f"{self.name} on {provider}{' with kernels' if kernels else ''}"
-        if kernels:
-            trusted()
+        self.timed_as = f"{self.name} on {provider}{f' with kernels {trusted().path.stem}' if kernels else ''}"
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         return dtype

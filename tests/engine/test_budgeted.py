@@ -138,6 +138,18 @@ def test_families_that_another_beats_in_error_and_time_are_fitted_once(tmp_path:
         assert (target.asked[-1].count("BlockDiagonal") == 1) == (times == 100) and target.asked[-1].count("LowRank") > 2
 
 
+def test_a_form_pays_where_the_mean_of_its_shares_does(tmp_path: Path) -> None:
+    """Though its seconds at many tokens outweigh what it saves at few."""
+
+    class Uneven(FakeTarget):
+        def measure(self, forms: Any, tokens: int, threads: int) -> list[float]:
+            dense, factored = (20.0, 10.0) if tokens == 1 else (1000.0, 1050.0)
+            return [dense if type(f).__name__ == "Dense" else factored for f in forms]
+
+    _, _, found = run(tmp_path, branches(), target=Uneven(lambda f: 0.0), budget=Budget("ms", 0.8), objective="ms")
+    assert all(d.rewritten for d in found.values())
+
+
 def output_error(g: Graph, dense: Graph) -> float:
     return certify(dense.run, g.run, data()).estimate
 

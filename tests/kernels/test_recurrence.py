@@ -14,19 +14,21 @@ from torch import Tensor
 
 import rewriter
 from rewriter.backends.files.onnx_file import load_onnx
+from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.covering import cover
 from rewriter.backends.kernels.library import FLAGS, SOURCES, Kernels, compiler, kernels
 from rewriter.backends.kernels.plan import NotCovered
 from rewriter.backends.kernels.recurrences import Sizes, sizes_of
-from rewriter.backends.kernels.session import coverage, open_covered
+from rewriter.backends.kernels.session import check, coverage, open_covered
 from rewriter.backends.kernels.torch_op import RECUR
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.measure import stacked_maps
 from rewriter.backends.onnx.opaque import SPEC
 from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
-from rewriter.operator import AbstractRecurrence
+from rewriter.operator import AbstractRecurrence, flatten
 from rewriter.passes.structures.attention import Attention
+from rewriter.passes.structures.diagonal_recurrence import DiagonalRecurrence
 from rewriter.passes.structures.linear_attention import LinearAttention
 from tests.detect.loops import CASES, exported
 from tests.kernels.recurrent import given, inputs, recurrence, wanted
@@ -54,6 +56,30 @@ def test_three_hundred_random_recurrences(library: Kernels, chunk: int) -> None:
         xs = inputs(operator, 1 + seed % 3, 1 + seed % 11, seed)
         for found, expected in zip(ran(library, operator, xs), wanted(operator, xs), strict=True):
             close(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_plain_form_is_the_same(seed: int) -> None:
+    """By which the kernels are trusted before first use."""
+    operator = recurrence(seed)
+    xs = inputs(operator, 2, 3, seed)
+    for found, expected in zip(naive.recurrence(sizes_of(operator), given(operator, xs)), wanted(operator, xs), strict=True):
+        close(found, expected)
+
+
+def test_a_kernel_of_matrices_that_is_off_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Kernels.recur
+    monkeypatch.setattr(Kernels, "recur", lambda *args: [1.01 * y for y in whole(*args)])
+    with pytest.raises(RewriteError, match="the kernels are off by"):
+        check(kernels())
+
+
+def test_torch_broadcasts_as_ever() -> None:
+    operator = DiagonalRecurrence(6)
+    decay, drive, state = inputs(operator, 3, 4, 0)
+    found = RECUR([decay, drive[:1], state], [], flatten(operator)[1])
+    for one, expected in zip(found, wanted(operator, [decay, drive[:1].expand(3, -1, -1), state]), strict=True):
+        close(one, expected)
 
 
 def test_neither_threads_nor_neighbours_change_a_bit() -> None:
@@ -132,6 +158,12 @@ def lying(change: str) -> ir.Model:
     match change:
         case "a width":
             node.inputs[1].shape = ir.Shape(["batch", "time", 11])  # type: ignore[union-attr]
+        case "one for the batch":
+            node.inputs[1].shape = ir.Shape([1, "time", 10])  # type: ignore[union-attr]
+        case "a decay":
+            node.metadata_props[SPEC] = node.metadata_props[SPEC].replace('"decay":""', '"decay":"foo"')
+        case "a number":
+            node.metadata_props[SPEC] = node.metadata_props[SPEC].replace('"heads":2', f'"heads":{1 << 70}')
         case "a rank":
             node.inputs[0].shape = ir.Shape(["batch", 10])  # type: ignore[union-attr]
         case "no shape":
@@ -147,7 +179,10 @@ def lying(change: str) -> ir.Model:
     return found
 
 
-@pytest.mark.parametrize("change", ["a width", "a rank", "no shape", "a missing input", "an output", "sizes", "a size"])
+@pytest.mark.parametrize(
+    "change",
+    ["a width", "one for the batch", "a decay", "a number", "a rank", "no shape", "a missing input", "an output", "sizes", "a size"],
+)
 def test_a_node_that_lies_is_left_to_stock_operators(change: str) -> None:
     """As it was, and in words."""
     found = lying(change)
