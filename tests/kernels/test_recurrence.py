@@ -224,12 +224,13 @@ def test_a_file_whose_shapes_lie_ends_in_an_error() -> None:
         Session(ir.to_proto(covered).SerializeToString(), 1, library=str(kernels().path))
 
 
+@pytest.mark.parametrize("machine", [("-march=native",), ()], ids=["native", "portable"])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_nothing_else_is_read_or_written(sanitizer: str, tmp_path: Path) -> None:
-    """Each tensor in memory of just its size, two tasks at once, under the sanitizers."""
+def test_nothing_else_is_read_or_written(sanitizer: str, machine: tuple[str, ...], tmp_path: Path) -> None:
+    """Each tensor in memory of just its size, two tasks at once, under the sanitizers; panels wide and narrow."""
     program = tmp_path / "driver"
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-O3")]
-    options = [*flags, "-O1", "-g", "-march=native", "-pthread", *SANITIZERS[sanitizer], f"-I{SOURCES}"]
+    options = [*flags, "-O1", "-g", *machine, "-pthread", *SANITIZERS[sanitizer], f"-I{SOURCES}"]
     subprocess.run([compiler(), *options, str(DRIVER), str(SOURCES / "recurrence.cpp"), "-o", str(program)], check=True)
     cases = [(recurrence(seed), inputs(recurrence(seed), 1 + seed % 2, 1 + seed % 5, seed)) for seed in range(60)]
     with (tmp_path / "cases").open("wb") as file:

@@ -58,6 +58,7 @@ struct State {
   float* row(int64_t i) const { return first + i * stride; }
 };
 
+constexpr int64_t LINE = 16;   // floats of a line of the cache, which is more than a narrow panel
 constexpr int64_t COPIED = 8;  // tokens from which a copy of the state pays
 
 struct Matrices {
@@ -73,8 +74,8 @@ struct Matrices {
     const int64_t b = task / panels, count = std::min<int64_t>(PANEL, of.width - column);
     thread_local std::unique_ptr<float[]> kept;
     thread_local size_t held = 0;
-    float* room = at_least(kept, held, of.key * (PANEL + 1) + PANEL);
-    room += (-(uintptr_t)room % 64) / 4;
+    float* room = at_least(kept, held, of.key * (PANEL + 1) + LINE);
+    room += (-(uintptr_t)room % (LINE * 4)) / 4;
     const int64_t matrix = (b * of.heads + head) * of.key * of.width + column;
     const bool whole = count == PANEL && time < COPIED;  // then kept where it is wanted in the end, else apart: aligned and padded
     const State s = whole ? State{after + matrix, of.width} : State{room + of.key, PANEL};
