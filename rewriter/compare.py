@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rewriter import sampling
-from rewriter.backend import Target
+from rewriter.backend import Runner, Target
 from rewriter.cost_model import predicted
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.inputs import dim_names, parse_dims
-from rewriter.latency import latencies
+from rewriter.latency import Reference, latencies
 from rewriter.opened import as_file, open_model, target_of
 from rewriter.options import Options
 from rewriter.report import Latency, OutputError
@@ -63,30 +63,25 @@ def bench(a: str, others: Sequence[str], options: Options, errors: bool = False)
         def file(source: Any, name: str) -> Path:
             return as_file(source, target, Path(folder) / f"{name}{target.suffix}", options)
 
-        dense = file(first, "a")
-        files = [file(source, f"b{i}") for i, source in enumerate(rest)]
-        pairs = zip(others, rest, files, strict=True)
-        found = [_contender(name, first, source, target, dense, path, options, errors) for name, source, path in pairs]
-        return Comparison(found, _int8_error(first, target, dense, options) if errors else None)
+        reference = Reference.of(target, file(first, "a"), options.threads)
+        samples = _samples(first, options) if errors else None
+
+        def error(runner: Runner | None) -> OutputError | None:
+            return None if samples is None or runner is None else certify(first.graph.run, runner, samples)
+
+        found = []
+        for i, (name, source) in enumerate(zip(others, rest, strict=True)):
+            runner = target.open(file(source, f"b{i}"), options.threads)
+            found.append(Contender(name, _rows(first, source, target, reference, runner, options), error(runner)))
+        return Comparison(found, error(reference.int8))
 
 
-def _contender(
-    name: str, first: Any, second: Any, target: Target, dense: Path, rewritten: Path, options: Options, errors: bool
-) -> Contender:
+def _rows(first: Any, second: Any, target: Target, reference: Reference, runner: Runner, options: Options) -> list[Latency]:
     explicit = parse_dims(options.dims) if options.dims else {}
-    rows = latencies(target, dense, rewritten, first.graph, first.specs, explicit, options.token_counts, options.threads)
-    if not explicit and dim_names(first.specs):  # else a call brings other rows than its token count says
-        rows = predicted(rows, first.graph, second.graph, target)
-    error = certify(first.graph.run, target.open(rewritten, options.threads), _samples(first, options)) if errors else None
-    return Contender(name, rows, error)
-
-
-def _int8_error(first: Any, target: Target, dense: Path, options: Options) -> OutputError | None:
-    try:
-        runner = target.open_int8(dense, options.threads)
-    except RewriteError:  # its rows say why
-        return None
-    return certify(first.graph.run, runner, _samples(first, options))
+    rows = latencies(reference, runner, first.graph, first.specs, explicit, options.token_counts)
+    if explicit or not dim_names(first.specs):
+        return rows  # a call brings other rows than its token count says
+    return predicted(rows, first.graph, second.graph, target)
 
 
 def _samples(source: Any, options: Options) -> Any:

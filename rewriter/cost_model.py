@@ -9,6 +9,7 @@ between forms. What is measured must bear it out: where the two are more than 15
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from rewriter.graph import Graph
 from rewriter.operator import AbstractMatrix, flatten, skeleton
 from rewriter.report import Latency
 
-AGREE = 0.15  # of the measured time
+AGREE = 0.15  # of the predicted time
 
 
 def predicted(rows: Sequence[Latency], dense: Graph, rewritten: Graph, target: Target) -> list[Latency]:
@@ -46,12 +47,13 @@ def layers(graph: Graph) -> collections.Counter[str]:
 def _row(row: Latency, gone: collections.Counter[str], come: collections.Counter[str], target: Target) -> Latency:
     if row.dense_seconds is None or row.rewritten_seconds is None:
         return row
-    seconds = row.dense_seconds - _sum(gone, row, target) + _sum(come, row, target)
-    off = row.rewritten_seconds / seconds - 1 if seconds > 0 else float("inf")
+    seconds = max(row.dense_seconds - _sum(gone, row, target) + _sum(come, row, target), 0.0)
+    off = row.rewritten_seconds / seconds - 1 if seconds else math.inf
     if abs(off) <= AGREE:
         return replace(row, predicted_seconds=seconds)
-    said = f"at T={row.tokens} the measured time is {off:+.0%} from what its layers alone predict, more than {AGREE:.0%}"
-    return replace(row, predicted_seconds=max(seconds, 0.0), note="; ".join(filter(None, (row.note, said))))
+    gap = f"{off:+.0%} from what" if seconds else f"{1e3 * row.rewritten_seconds:.3g} ms, and no time at all is what"
+    said = f"at T={row.tokens} the measured time is {gap} its layers alone predict, more than {AGREE:.0%} off"
+    return replace(row, predicted_seconds=seconds, note="; ".join(filter(None, (row.note, said))))
 
 
 def _sum(forms: collections.Counter[str], row: Latency, target: Target) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -26,25 +27,35 @@ def token_sizes(specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens:
     return {**sizes, **{n: 0 for n in names if n == "past"}, **explicit}
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The dense model as a target runs it, and its int8 form, or why there is none."""
+
+    dense: Runner
+    int8: Runner | None
+    note: str
+    threads: int
+
+    @classmethod
+    def of(cls, target: Target, dense: Path, threads: int) -> Reference:
+        """From the dense model's file."""
+        runner = target.open(dense, threads)
+        try:
+            return cls(runner, target.open_int8(dense, threads), "", threads)
+        except RewriteError as error:
+            return cls(runner, None, f"no int8 figure: {error}", threads)
+
+
 def latencies(
-    target: Target,
-    dense: Path,
-    rewritten: Path,
+    reference: Reference,
+    rewritten: Runner,
     graph: Graph,
     specs: Sequence[InputSpec],
     explicit: Mapping[str, int],
     tokens: Sequence[int],
-    threads: int,
 ) -> list[Latency]:
     """One row for each token count; what could not be had is None, with a note."""
-    before, after = target.open(dense, threads), target.open(rewritten, threads)
-    int8: Runner | None = None
-    note = ""
-    try:
-        int8 = target.open_int8(dense, threads)
-    except RewriteError as error:
-        note = f"no int8 figure: {error}"
-    return [_row(before, int8, after, feeds_at(graph, specs, explicit, count), count, threads, note) for count in tokens]
+    return [_row(reference, rewritten, feeds_at(graph, specs, explicit, count), count) for count in tokens]
 
 
 def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: int) -> Mapping[str, Tensor] | str:
@@ -58,15 +69,13 @@ def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, in
         return str(error)
 
 
-def _row(
-    dense: Runner, int8: Runner | None, rewritten: Runner, feeds: Mapping[str, Tensor] | str, tokens: int, threads: int, note: str
-) -> Latency:
+def _row(reference: Reference, rewritten: Runner, feeds: Mapping[str, Tensor] | str, tokens: int) -> Latency:
     from rewriter.timing import interleave
 
-    empty = Latency(tokens, threads, None, None, None, None, None)
+    int8, empty = reference.int8, Latency(tokens, reference.threads, None, None, None, None, None)
     if isinstance(feeds, str):
         return Latency(**{**vars(empty), "note": feeds})
-    runners = [dense, rewritten, *([int8] if int8 else [])]
+    runners = [reference.dense, rewritten, *([int8] if int8 else [])]
     calls: list[Callable[[], object]] = [lambda r=r: r(feeds) for r in runners]  # type: ignore[misc]
     try:
         timing = interleave(calls, seconds=SECONDS)
@@ -75,13 +84,13 @@ def _row(
     low, middle, high = timing.ratio(0, 1)
     return Latency(
         tokens=tokens,
-        threads=threads,
+        threads=reference.threads,
         dense_seconds=timing.seconds(0),
         int8_seconds=timing.seconds(2) if int8 else None,
         rewritten_seconds=timing.seconds(1),
         ratio=middle,
         int8_ratio=timing.ratio(2, 1)[1] if int8 else None,
-        note=note,
+        note=reference.note,
         ratio_spread=[low, high],
     )
 

@@ -226,10 +226,8 @@ def latency_lines(rows: Sequence[Latency], width: int) -> list[str | Text]:
     lines: list[str | Text] = [Text(f"latency of the whole model, medians, {threads} thread{'s' if threads > 1 else ''}", "bold")]
     foretold = ["predicted"] if any(r.predicted_seconds is not None for r in rows) else []
     titles = ["tokens", "dense", "dense int8", *foretold, "rewritten", "dense / rewritten", "int8 / rewritten"]
-    ahead = [[_seconds(r.predicted_seconds)] if foretold else [] for r in rows]
-    seconds = [
-        [*map(_seconds, (r.dense_seconds, r.int8_seconds)), *p, _seconds(r.rewritten_seconds)] for r, p in zip(rows, ahead, strict=True)
-    ]
+    known = [(r.dense_seconds, r.int8_seconds, *([r.predicted_seconds] if foretold else []), r.rewritten_seconds) for r in rows]
+    seconds = [map(_seconds, figures) for figures in known]
     cells = [[str(r.tokens), *figures, _spread(r), _times(r.int8_ratio)] for r, figures in zip(rows, seconds, strict=True)]
     head, body = columns(titles, cells, width - 2)
     lines += [f"  {line}" for line in head] + [f"  {line}" for block in body for line in block]

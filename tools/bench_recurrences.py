@@ -26,8 +26,9 @@ from rewriter.backend import EmitOptions
 from rewriter.backends.files.export import export_module
 from rewriter.backends.files.quiet import muted
 from rewriter.backends.fx.graph import FxGraph
-from rewriter.backends.kernels.session import open_covered
-from rewriter.backends.onnx.measure import KERNEL, time_bodies
+from rewriter.backends.kernels.recurrences import sizes_of
+from rewriter.backends.kernels.session import open_covered, trusted
+from rewriter.backends.onnx.measure import KERNEL, examples, time_bodies
 from rewriter.backends.onnx.run import Session
 from rewriter.backends.onnx.sequence_ops import lowerings
 from rewriter.inputs import parse_input
@@ -116,12 +117,23 @@ ALONE: dict[str, AbstractRecurrence] = {
 OPSET = 23
 
 
+def check(name: str, operator: AbstractRecurrence, tokens: int = 9) -> None:
+    """SystemExit where the kernel is off from one step after the other."""
+    xs = [x / 8 for x in examples(operator, tokens).values()]
+    wanted = operator.spelled("sequential", registry.eager_ops(), *xs)
+    found = trusted().recur(sizes_of(operator), xs, [y.shape for y in wanted], 1)
+    off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+    if off > EQUAL[torch.float32][0]:
+        sys.exit(f"{name}: the kernel is off by {off:.2g}")
+
+
 def alone() -> Table:
     """Milliseconds of each form; the ratio is the fastest stock one over the kernel."""
     table = Table(title="recurrences alone, 1 thread, milliseconds")
     for column in ("recurrence", "tokens", "stock forms", "kernel", "fastest stock / kernel"):
         table.add_column(column)
     for name, operator in ALONE.items():
+        check(name, operator)
         spec = flatten(operator)[1]
         forms = lowerings(spec, True, OPSET)
         for tokens in (1, 64, 512):

@@ -1,4 +1,7 @@
-"""A model's opaque nodes as Chain nodes of the kernels, bias and activation with them, in place; what is not covered stays as it is."""
+"""A model's opaque nodes as kernels, in place: matrices as a Chain with the bias and activation behind it, recurrences as a Recurrence.
+
+What is not covered stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -82,11 +85,15 @@ class _Cover:
         assert node.graph is not None
         node.graph.insert_after(node, made)
         for old, new in zip(node.outputs, made.outputs, strict=True):
-            new.shape, new.type, known = old.shape, old.type or ir.TensorType(ir.DataType.FLOAT), old.name
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            old.name, new.name = self.names.unused(f"{known}.before"), known
+            self._takes_over(new, old)
         self.constants.forget()
         return Covered(site, node.op_type, "")
+
+    def _takes_over(self, new: ir.Value, old: ir.Value) -> None:
+        """Everything that was read from the old value is read from the new one, by its name."""
+        new.shape, new.type, known = old.shape, old.type or ir.TensorType(ir.DataType.FLOAT), old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = self.names.unused(f"{known}.before"), known
 
     def _replace(self, node: ir.Node, found: Following, packed: Tensor) -> None:
         """One Chain from the node's x to what follows it; what lay between is unused then and goes."""
@@ -95,14 +102,10 @@ class _Cover:
             self.stored[key] = store(self.model, self.names, packed, f"{node.metadata_props.get(SITE, OP)}.packed")
         chain = chain_node([node.inputs[0], self.stored[key], *found.skip], packed, self.threads)
         chain.name = self.names.unused(f"{OP}_{node.name or 'site'}")
-        made = chain.outputs[0]
-        made.shape, made.type = end.shape, end.type or ir.TensorType(ir.DataType.FLOAT)
         producer = end.producer()
         assert producer is not None and producer.graph is not None
         producer.graph.insert_after(producer, chain)
-        known = end.name
-        end.replace_all_uses_with(made, replace_graph_outputs=True)
-        end.name, made.name = self.names.unused(f"{known}.before"), known
+        self._takes_over(chain.outputs[0], end)
 
 
 def taken(operator: AbstractOperator, library: Kernels) -> Sizes:

@@ -2,18 +2,12 @@
 // In: for each case int64 bytes, rows, inputs, outputs; the packed tensor; x; skip. Out: for each case int64 ran (0: refused), then y.
 #include <cstdio>
 #include <cstdlib>
-#include <thread>
 #include <vector>
 
+#include "at_once.hpp"
 #include "chain.hpp"
 
 using namespace structured;
-
-static void at_once(void*, void (*task)(void*, size_t), size_t count, void* data) {
-  std::vector<std::thread> threads;
-  for (size_t i = 0; i < count; ++i) threads.emplace_back([=] { task(data, i); });
-  for (auto& thread : threads) thread.join();
-}
 
 int main(int, char** arguments) {
   FILE* in = std::fopen(arguments[1], "rb");

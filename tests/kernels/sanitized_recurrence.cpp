@@ -3,18 +3,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
-#include <thread>
 #include <vector>
 
+#include "at_once.hpp"
 #include "recurrence.hpp"
 
 using namespace structured;
-
-static void at_once(void*, void (*task)(void*, size_t), size_t count, void* data) {
-  std::vector<std::thread> threads;
-  for (size_t i = 0; i < count; ++i) threads.emplace_back([=] { task(data, i); });
-  for (auto& thread : threads) thread.join();
-}
 
 int main(int, char** arguments) {
   FILE* in = std::fopen(arguments[1], "rb");

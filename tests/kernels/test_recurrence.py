@@ -16,7 +16,7 @@ import rewriter
 from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.covering import cover
-from rewriter.backends.kernels.library import FLAGS, SOURCES, Kernels, compiler, kernels
+from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.plan import NotCovered
 from rewriter.backends.kernels.recurrences import Sizes, sizes_of
 from rewriter.backends.kernels.session import check, coverage, open_covered
@@ -33,7 +33,7 @@ from rewriter.passes.structures.linear_attention import LinearAttention
 from tests.detect.loops import CASES, exported
 from tests.kernels.recurrent import given, inputs, recurrence, wanted
 from tests.kernels.test_chain import LEVELS
-from tests.kernels.test_sanitized import SANITIZERS
+from tests.kernels.test_sanitized import NATIVE, SANITIZERS, built
 from tests.onnx.models import close
 
 DRIVER = Path(__file__).parent / "sanitized_recurrence.cpp"
@@ -224,14 +224,11 @@ def test_a_file_whose_shapes_lie_ends_in_an_error() -> None:
         Session(ir.to_proto(covered).SerializeToString(), 1, library=str(kernels().path))
 
 
-@pytest.mark.parametrize("machine", [("-march=native",), ()], ids=["native", "portable"])
+@pytest.mark.parametrize("machine", [NATIVE, ()], ids=["native", "portable"])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_nothing_else_is_read_or_written(sanitizer: str, machine: tuple[str, ...], tmp_path: Path) -> None:
     """Each tensor in memory of just its size, two tasks at once, under the sanitizers; panels wide and narrow."""
-    program = tmp_path / "driver"
-    flags = [flag for flag in FLAGS if flag not in ("-shared", "-O3")]
-    options = [*flags, "-O1", "-g", *machine, "-pthread", *SANITIZERS[sanitizer], f"-I{SOURCES}"]
-    subprocess.run([compiler(), *options, str(DRIVER), str(SOURCES / "recurrence.cpp"), "-o", str(program)], check=True)
+    program = built(tmp_path, sanitizer, DRIVER, "recurrence.cpp", machine)
     cases = [(recurrence(seed), inputs(recurrence(seed), 1 + seed % 2, 1 + seed % 5, seed)) for seed in range(60)]
     with (tmp_path / "cases").open("wb") as file:
         for operator, xs in cases:

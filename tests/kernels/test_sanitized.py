@@ -21,15 +21,16 @@ from tests.kernels.test_chain import agree, ending
 
 DRIVER = Path(__file__).parent / "sanitized.cpp"
 SANITIZERS = {"memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "races": ("-fsanitize=thread",)}
+NATIVE = ("-march=native",)
 Case = tuple[Tensor, Tensor, Tensor]  # packed, x, skip
 
 
-def built(folder: Path, sanitizer: str) -> Path:
-    """The driver; the flags are the library's but for what makes it one."""
+def built(folder: Path, sanitizer: str, driver: Path = DRIVER, kernel: str = "chain.cpp", machine: Sequence[str] = NATIVE) -> Path:
+    """A driver and the kernel that it runs; the flags are the library's but for what makes it one."""
     program = folder / sanitizer
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-O3")]
-    sources = [str(DRIVER), str(SOURCES / "chain.cpp"), f"-I{SOURCES}"]
-    options = [*flags, "-O1", "-g", "-march=native", "-pthread", *SANITIZERS[sanitizer]]
+    sources = [str(driver), str(SOURCES / kernel), f"-I{SOURCES}", f"-I{DRIVER.parent}"]
+    options = [*flags, "-O1", "-g", *machine, "-pthread", *SANITIZERS[sanitizer]]
     subprocess.run([compiler(), *options, *sources, "-o", str(program)], check=True)
     return program
 
@@ -77,10 +78,7 @@ def test_an_overrun_would_be_seen(tmp_path: Path) -> None:
     packed, x = pack(steps, kernels().layout), torch.randn(2, steps.inputs)
     text = DRIVER.read_text().replace("chain.head.n == sizes[2]", "chain.head.n == sizes[2] + 1")
     (tmp_path / "planted.cpp").write_text(text)
-    program = tmp_path / "planted"
-    options = ["-std=c++17", "-O1", "-march=native", "-pthread", "-w", *SANITIZERS["memory"]]
-    sources = [str(tmp_path / "planted.cpp"), str(SOURCES / "chain.cpp"), f"-I{SOURCES}"]
-    subprocess.run([compiler(), *options, *sources, "-o", str(program)], check=True)
+    program = built(tmp_path, "memory", tmp_path / "planted.cpp")
     path = given([(packed, x[:, 1:].contiguous(), torch.zeros(2, 9))], tmp_path)
     done = subprocess.run([str(program), str(path), str(tmp_path / "out"), "1"], capture_output=True, text=True)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
