@@ -9,13 +9,14 @@ import torch
 
 from rewriter.cost import CostOps, Width
 from rewriter.operator import AbstractMatrix, skeleton, unflatten
+from rewriter.packing import pack
 
 
 def random_form(spec: str, seed: int = 0) -> Any:
-    """The form with numbers of its own; indices stay within every axis."""
+    """The form with numbers of its own; indices stay within every axis, positions are different ones of their group."""
     rng = torch.Generator().manual_seed(seed)
     operator, leaves = skeleton(spec)
-    indices = _indices(operator, leaves) if isinstance(operator, AbstractMatrix) else {}
+    indices = _indices(operator, leaves, rng) if isinstance(operator, AbstractMatrix) else {}
 
     def filled(i: int, leaf: torch.Tensor) -> torch.Tensor:
         if leaf.is_floating_point():
@@ -27,8 +28,8 @@ def random_form(spec: str, seed: int = 0) -> Any:
     return unflatten(spec, [filled(i, leaf) for i, leaf in enumerate(leaves)])
 
 
-def _indices(operator: AbstractMatrix, leaves: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Which tensors the product gathers by: found by spelling it."""
+def _indices(operator: AbstractMatrix, leaves: Sequence[torch.Tensor], rng: torch.Generator) -> dict[int, torch.Tensor]:
+    """For the tensors by which the product gathers and scatters; they are found by spelling it."""
     found: dict[int, torch.Tensor] = {}
 
     class Watch(CostOps):
@@ -41,6 +42,12 @@ def _indices(operator: AbstractMatrix, leaves: Sequence[torch.Tensor]) -> dict[i
             size = index.shape[0]
             found[order[id(index)][1]] = torch.arange(size) % x.features
             return super().gather(x, index)
+
+        def scatter(self, values: Width, positions: Width, n: int, m: int) -> Width:
+            groups, owners = values.shape[0] // n, positions.features
+            places = torch.rand(groups, m, owners, generator=rng).argsort(1)[:, :n].sort(1).values
+            found[order[id(positions)][1]] = pack(places.flatten(0, 1), m)
+            return super().scatter(values, positions, n, m)
 
     order: dict[int, tuple[Width, int]] = {}
     operator.product(Watch(1), Width((operator.shape[1],)))

@@ -99,6 +99,12 @@ class _Weights(CostOps):
         self.multiplied.add(self.held.get(id(w), 0))
         return super().matmul(x, w)
 
+    def scatter(self, values: Width, positions: Width, n: int, m: int) -> Width:
+        spread = super().scatter(values, positions, n, m)
+        self.kept.append(spread)
+        self.held[id(spread)] = self.held.get(id(values), 0)
+        return spread
+
     def block_matmul(self, x: Width, w: Width) -> Width:
         self.multiplied.add(self.held.get(id(w), 0))
         return super().block_matmul(x, w)

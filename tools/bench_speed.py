@@ -2,7 +2,7 @@
 
     python tools/bench_speed.py [--shapes 768x3072 4096x4096] [--tokens 1 64] [--factors 4] [--threads 1 2]
 
-Of each family a member that stores 1/F of the numbers, F from 2 to 16. Rows: stock operators and kernels, each in float32 and in int8.
+Of each family a member that stores 1/F of the numbers, F from 2 to 16; N:M sparse ones beside, without a target. Rows: stock operators and kernels, each in float32 and in int8.
 A cell is "times as fast as dense float32 / as dense int8"; weights are cold up to 8 tokens. Before a table is printed, kernels and the
 stock forms in float32 are compared with their plain form; where one is off, the program ends (stock int8 rounds inputs by tensor and is
 held to the same rounding in the tests). Targets stand below each table with what was reached.
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rewriter.algebra import Dense
+from rewriter.algebra import Dense, Sparse
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.library import Kernels
 from rewriter.backends.kernels.pack import FORMATS, pack
@@ -46,6 +46,7 @@ from rewriter.tolerances import EQUAL
 SHAPES = ("768x768", "768x3072", "3072x768", "1024x4096", "4096x4096")
 TOKENS = (1, 8, 64, 256, 1024)
 FACTORS = (2, 4, 8, 16)
+SHARED = 64  # columns with the same rows: a panel of the kernel
 SECONDS = 0.25  # of each form in each cell
 LARGE = 8_000_000  # bytes of a dense weight that no cache holds
 DENSE, INT8 = "dense float32", "dense int8"
@@ -82,6 +83,15 @@ def families(n: int, m: int, factor: int) -> dict[str, AbstractMatrix]:
     }
 
 
+def sparse(n: int, m: int, factor: int) -> dict[str, AbstractMatrix]:
+    """The same share of the numbers by a pattern for each column, or for 64 columns at a time."""
+    kept, group = (2, 4) if factor == 2 else (1, factor)
+    return {
+        f"{kept}:{group}": Sparse.of(_normal(n, m), kept, group),
+        f"{kept}:{group} shared": Sparse.of(_normal(n, m), kept, group, SHARED),
+    }
+
+
 def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape) / shape[-2] ** 0.5
 
@@ -109,11 +119,11 @@ def rows(n: int, m: int, factor: int, tokens: int, threads: int) -> Iterator[Row
     dense = Dense(torch.randn(n, m))
     yield Row(DENSE, "", dense, *timed(dense, tokens, threads, LOWERINGS[0]))
     yield Row(INT8, "", dense, *dense_int8(dense, tokens, threads))
-    for family, form in families(n, m, factor).items():
+    for family, form in {**families(n, m, factor), **sparse(n, m, factor)}.items():
         rounded = quantised(form)
         assert rounded is not None
         for suffix, one in (("", form), (" int8", rounded)):
-            for lowering in LOWERINGS if family != "low-rank" else LOWERINGS[:1]:
+            for lowering in LOWERINGS if family in ("block-dense", "monarch") else LOWERINGS[:1]:
                 yield Row(family, f"stock{suffix}", one, *timed(one, tokens, threads, lowering))
             yield Row(family, f"kernel{suffix}", one, *timed(one, tokens, threads, KERNEL))
 
@@ -121,7 +131,7 @@ def rows(n: int, m: int, factor: int, tokens: int, threads: int) -> Iterator[Row
 def check(n: int, m: int, factor: int, library: Kernels) -> None:
     """SystemExit unless kernel and stock bodies of every form equal the plain form."""
     rtol, atol = EQUAL[torch.float32]
-    for family, form in families(n, m, factor).items():
+    for family, form in {**families(n, m, factor), **sparse(n, m, factor)}.items():
         x = torch.randn(7, n)
         wanted = naive.run(plan(form), x)
         found = [session_of(pack(plan(form), library.layout), n, m, library)({"x": x})["y"]]

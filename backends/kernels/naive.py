@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rewriter.backends.kernels.pack import stored_as
 from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Ending, Plan, Product, X, Y
 from rewriter.backends.kernels.recurrences import Sizes
 from rewriter.quantised import rounded
@@ -39,25 +40,30 @@ def run(plan: Plan, x: Tensor, weights: str = "float32", skip: Tensor | None = N
 
 
 def _product(step: Product, areas: dict[int, Tensor], weights: str) -> None:
-    k, q, _ = step.weight.shape
+    stored = _stored(step, stored_as(step, weights))
+    k, q, _ = stored.shape
     i = torch.arange(q)
     places = i // step.run * step.jump + i % step.run * step.step
     read = (step.first + torch.arange(k)[:, None] * step.block + places).flatten()[: step.valid]
     source = areas[step.source].new_zeros(len(areas[X]), k * q)
     source[:, : step.valid] = areas[step.source][:, read]
-    weights = weights if step.scale is None else "int8"
-    weight = _stored(step.weight, weights) if step.scale is None else step.weight * step.scale[:, None]
-    made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), weights), weight).flatten(1)
+    made = torch.einsum("tkq,kqp->tkp", _multiplied(source.unflatten(1, (k, q)), stored_as(step, weights)), stored).flatten(1)
     areas[step.target][:, step.at : step.at + step.width] = finished(step.ending, made[:, : step.width])
 
 
-def _stored(weight: Tensor, weights: str) -> Tensor:
-    if weights == "float32":
-        return weight.float()
-    if weights == "bfloat16":
-        return weight.bfloat16().float()
-    integers, scale = rounded(weight.float())
-    return integers * scale
+def _stored(step: Product, weights: str) -> Tensor:
+    """(k, q, p) as the format rounds it."""
+    weight = step.weight.float()
+    if step.scale is not None:
+        weight = weight * step.scale[:, None]
+    elif weights == "bfloat16":
+        weight = weight.bfloat16().float()
+    elif weights != "float32":
+        integers, scale = rounded(weight)
+        weight = integers * scale
+    if step.pattern is None:
+        return weight
+    return weight.new_zeros(1, step.valid, weight.shape[2]).scatter(1, step.pattern.rows[None], weight)
 
 
 def _multiplied(x: Tensor, weights: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A plan and its weights as one tensor of bytes that the kernel reads: header, steps, panels of weights (see src/chain.hpp).
+"""A plan and its weights as one tensor of bytes that the kernel reads: header, steps, panels of weights (see src/chain.hpp, src/sparse.hpp).
 
 Of int8 weights each column of each block has a scale of its own, max |w| / 127.
 """
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewriter.backends.kernels.plan import ACTIVATIONS, ZERO, Copy, Ending, Finish, Plan, Product, Y
+from rewriter.backends.kernels.plan import ACTIVATIONS, LARGEST_GROUP, ZERO, Copy, Ending, Finish, Pattern, Plan, Product, Y
 from rewriter.quantised import rounded
 
 MAGIC = 0x314E494148434B52
 FORMATS = ("float32", "bfloat16", "weight8", "int8")  # as the kernel numbers them
 _ROWS = {"float32": 1, "bfloat16": 2, "weight8": 1, "int8": 4}  # of weights that lie side by side
-_HEADER, _STEP = 8, 24  # numbers of 8 bytes
+_HEADER, _STEP = 8, 27  # numbers of 8 bytes
 _FIELDS = (
     *("kind", "source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid"),
     *("k", "q", "p", "format", "weights", "scales", "bias", "activation", "runs", "skip", "norm", "epsilon"),
+    *("entries", "window", "each", "places"),
 )
 _ALIGN = 64
 
@@ -56,7 +57,7 @@ def pack(plan: Plan, layout: Layout, weights: str = "float32") -> Tensor:
     head = (_HEADER + _STEP * len(plan.steps)) * 8
     data = _Bytes(head)
     steps = [_step(step, plan, data, layout, weights) for step in plan.steps]
-    rows = [[fields.get(name, 0) for name in _FIELDS] + [0] * (_STEP - len(_FIELDS)) for fields in steps]
+    rows = [[fields.get(name, 0) for name in _FIELDS] for fields in steps]
     header = [MAGIC, data.size, layout.lanes, layout.panel, plan.inputs, plan.outputs, plan.scratch, len(steps)]
     numbers = torch.tensor([*header, *(n for row in rows for n in row)], dtype=torch.int64).view(torch.uint8)
     return torch.cat([numbers, torch.zeros(-head % _ALIGN, dtype=torch.uint8), *data.parts])
@@ -68,19 +69,40 @@ def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layou
         return {"kind": 2, "source": step.source, "target": step.target, "width": len(runs), "runs": data.add(runs)}
     if isinstance(step, Finish):
         return {"kind": 3, "target": Y, "width": plan.outputs, **_ending(step.ending, data)}
-    k, q, p = step.weight.shape
-    weights = weights if step.scale is None else "int8"
+    k, stored, p = step.weight.shape
+    weights = stored_as(step, weights)
     packed, scales = packed_weight(step.weight, step.scale, layout, weights)
     places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid")}
-    sizes = {"k": k, "q": q, "p": p, "format": FORMATS.index(weights)}
+    sizes = {"k": k, "q": stored if step.pattern is None else step.valid, "p": p, "format": FORMATS.index(weights)}
     return {
         "kind": 1,
         **places,
         **sizes,
         "weights": data.add(packed),
         "scales": data.add(*scales) if scales else 0,
+        **({} if step.pattern is None else _pattern(step.pattern, data, layout)),
         **_ending(step.ending, data),
     }
+
+
+def stored_as(step: Product, weights: str) -> str:
+    """The format of a step's weight where floats are asked for in `weights`; sparse ones are multiplied as floats."""
+    if step.pattern is not None:
+        return "float32" if step.scale is None and weights in ("float32", "bfloat16") else "weight8"
+    return weights if step.scale is None else "int8"
+
+
+def _pattern(pattern: Pattern, data: _Bytes, layout: Layout) -> dict[str, int]:
+    """One list for each panel whose columns share their rows; else of each number its place in a window of whole groups, in 4 bits."""
+    entries, p = pattern.rows.shape
+    panels = pattern.rows.split(layout.panel, 1)
+    if all((panel == panel[:, :1]).all() for panel in panels):
+        return {"entries": entries, "places": data.add(torch.cat([panel[:, 0] for panel in panels]).to(torch.int32))}
+    groups = LARGEST_GROUP // pattern.group
+    window, each = groups * pattern.group, groups * pattern.kept
+    padded = torch.nn.functional.pad(pattern.rows % window, (0, -p % layout.lanes, 0, -entries % 8)).unflatten(0, (-1, 8))
+    words = (padded << torch.arange(0, 32, 4)[:, None]).sum(1).to(torch.int32)  # the last of eight may hold the sign
+    return {"entries": entries, "window": window, "each": each, "places": data.add(_panels(words[None], layout, 1))}
 
 
 def _ending(ending: Ending, data: _Bytes) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from rewriter import packing
 from rewriter.algebra import Dense
 from rewriter.operator import AbstractMatrix
 
@@ -21,6 +22,7 @@ ZERO = -1  # the address of padding
 AREAS = X, Y, SCRATCH = 0, 1, 2
 ACTIVATIONS = ("", "relu", "gelu", "gelu-tanh", "silu")  # as the kernel numbers them
 MOST_ROWS = 65536  # of a block of 8 bits, whose sums are to fit in 32
+LARGEST_GROUP = 16  # of a pattern: what a vector holds
 ALIGN = 16  # floats that scratch offsets are multiples of
 
 
@@ -56,11 +58,24 @@ NOTHING = Ending()
 
 
 @dataclass(frozen=True)
-class Product:
-    """to[at + b*p + j] = sum_i from[first + b*block + i//run*jump + i%run*step] w[b, i, j]; rows beyond the `valid` of the k*q are zero."""
+class Pattern:
+    """Which inputs the stored numbers of a sparse weight are for: `kept` of every `group`."""
 
-    weight: Tensor  # (k, q, p)
+    rows: Tensor  # (entries, p)
+    kept: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """to[at + b*p + j] = sum_i from[first + b*block + i//run*jump + i%run*step] w[b, i, j]; rows beyond the `valid` of the k*q are zero.
+
+    With a pattern there is one block, whose inputs lie side by side, and of its weight the pattern's rows are stored.
+    """
+
+    weight: Tensor  # (k, q, p); (1, entries, p) with a pattern
     scale: Tensor | None  # (k, p) of a weight of integers, which are multiplied as such
+    pattern: Pattern | None
     source: int  # area
     first: int
     block: int
@@ -107,8 +122,9 @@ class Plan:
 class _Made:
     """A product whose output has addresses of its own; where they lie is settled when all are known."""
 
-    weight: Tensor  # (k, q, p)
+    weight: Tensor  # as of a Product
     scale: Tensor | None  # (k, p)
+    pattern: Pattern | None
     source: Tensor  # (k*q,) addresses
     start: int
     area: int = SCRATCH
@@ -120,11 +136,12 @@ class _Made:
         return self.weight.shape[0] * self.weight.shape[2]
 
 
-class Integers(NamedTuple):
-    """A weight of int8 with its scales."""
+class Weight(NamedTuple):
+    """What is not floats alone: int8 with scales, or some rows of each column."""
 
     values: Tensor  # (..., q, p)
-    scale: Tensor  # (..., 1, p)
+    scale: Tensor | None = None  # (..., 1, p)
+    pattern: Pattern | None = None
 
 
 @dataclass
@@ -137,20 +154,33 @@ class PlanOps:
     def const(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def matmul(self, x: Tensor, w: Tensor | Integers) -> Tensor:
-        return self.block_matmul(x, w[None] if isinstance(w, Tensor) else Integers(w.values[None], w.scale[None]))
+    def matmul(self, x: Tensor, w: Tensor | Weight) -> Tensor:
+        values, scale, pattern = w if isinstance(w, Weight) else Weight(w)
+        return self.block_matmul(x, Weight(values[None], scale if scale is None else scale[None], pattern))
 
-    def block_matmul(self, x: Tensor, w: Tensor | Integers) -> Tensor:
+    def block_matmul(self, x: Tensor, w: Tensor | Weight) -> Tensor:
+        values, scale, pattern = w if isinstance(w, Weight) else Weight(w)
         start = self.inputs + sum(m.columns for m in self.made)
-        self.made.append(_Made(w, None, x, start) if isinstance(w, Tensor) else _Made(w.values, w.scale.flatten(-2), x, start))
+        self.made.append(_Made(values, None if scale is None else scale.flatten(-2), pattern, x, start))
         return torch.arange(start, start + self.made[-1].columns)
 
-    def scaled(self, values: Tensor, scales: Tensor) -> Integers:
+    def scaled(self, values: Tensor, scales: Tensor) -> Weight:
         if values.dtype != torch.int8:
             raise NotCovered(f"its integers are {values.dtype}, not int8")
         if values.shape[-2] > MOST_ROWS:
             raise NotCovered(f"sums over {values.shape[-2]:,} products of 8 bits may not fit in 32")
-        return Integers(values, scales)
+        return Weight(values, scales)
+
+    def scatter(self, values: Tensor | Weight, positions: Tensor, n: int, m: int) -> Weight:
+        held, scale, _ = values if isinstance(values, Weight) else Weight(values)
+        if m > LARGEST_GROUP:
+            raise NotCovered(f"kernels pick from groups of up to {LARGEST_GROUP}, not {m}")
+        entries, columns = held.shape
+        within = packing.unpack(positions, entries, m).view(-1, n, positions.shape[1])  # of its group
+        if not ((within < m).all() and (within.diff(dim=1) > 0).all()):
+            raise NotCovered(f"its positions are not {n} different ones of every {m} in order")
+        rows = (within + m * torch.arange(len(within))[:, None, None]).flatten(0, 1)
+        return Weight(held, scale, Pattern(rows.repeat_interleave(columns // positions.shape[1], 1), n, m))
 
     def shuffle(self, x: Tensor, k: int) -> Tensor:
         return x.view(k, -1).T.reshape(-1)
@@ -172,9 +202,6 @@ class PlanOps:
 
     def mul(self, x: Tensor, w: Tensor) -> NoReturn:
         raise NotCovered("scales beside a product have no kernel")
-
-    def scatter(self, values: Tensor, positions: Tensor, n: int, m: int) -> NoReturn:
-        raise NotCovered("weights with zeros left out have no kernel")
 
 
 def plan(operator: AbstractMatrix, ending: Ending = NOTHING) -> Plan:
@@ -218,6 +245,7 @@ def _order_columns(ops: PlanOps, y: Tensor) -> None:
             continue
         made.weight = made.weight.gather(2, order[:, None].expand_as(made.weight))
         made.scale = None if made.scale is None else made.scale.gather(1, order)
+        made.pattern = None if made.pattern is None else replace(made.pattern, rows=made.pattern.rows[:, order[0]])
         places = torch.arange(k)[:, None] * p + order.argsort(1)
         reader.source = reader.source.clone()
         reader.source[inside] = made.start + places.flatten()[reader.source[inside] - made.start]
@@ -255,14 +283,15 @@ def _located(ops: PlanOps, addresses: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(made: _Made, ops: PlanOps, scratch: int) -> tuple[list[Copy], Product, int]:
     """The product on its input as it lies, where that is regular; else on a copy."""
-    k, q, _ = made.weight.shape
+    k = made.weight.shape[0]
+    q = len(made.source) // k
     areas, offsets = _located(ops, made.source)
-    whole = Product(made.weight, made.scale, X, 0, 0, q, 0, 1, k * q, made.area, made.at, made.width)
+    whole = Product(made.weight, made.scale, made.pattern, X, 0, 0, q, 0, 1, k * q, made.area, made.at, made.width)
     valid = int((areas >= 0).sum())
     source = int(areas[0])
     if source in AREAS and (areas[:valid] == source).all():
         regular = _regular(offsets[:valid].tolist(), q)
-        if regular is not None:
+        if regular is not None and (made.pattern is None or (regular[1:] == (q, 0, 1) and valid == q)):
             block, run, jump, step = regular
             places = replace(whole, source=source, first=int(offsets[0]), block=block, run=run, jump=jump, step=step, valid=valid)
             return [], places, scratch

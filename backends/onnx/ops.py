@@ -117,8 +117,9 @@ class OnnxOps:
         product = self._product(rows.value, w)
         return Arranged(product, (*before, blocks, (last,), (made,)), self.leading, (*blocks, made))
 
-    def scatter(self, values: Weight, positions: Weight, n: int, m: int) -> Weight:
-        return Weight(*scattered(self.tape, values, positions, n, m))
+    def scatter(self, values: Weight | Integers, positions: Weight, n: int, m: int) -> Weight | Integers:
+        spread = Weight(*scattered(self.tape, (values.value, values.shape), positions, n, m))
+        return spread if isinstance(values, Weight) else Integers(spread.value, values.scales, spread.shape)
 
     def scaled(self, values: Weight, scales: Weight) -> Integers:
         return Integers(values.value, scales.value, values.shape)

@@ -17,7 +17,7 @@ from tests.onnx.models import close
 
 load_structures()
 MATRICES = sorted(name for name, kind in AbstractOperator.kinds.items() if issubclass(kind, AbstractMatrix) and name != "Quantised")
-WEIGHTLESS = {"Diagonal", "Permutation", "Sparse"}  # nothing of theirs is the weight of a product as it is stored
+WEIGHTLESS = {"Diagonal", "Permutation"}  # nothing of theirs is the weight of a product as it is stored
 
 
 def random(name: str) -> AbstractMatrix:

@@ -1,4 +1,4 @@
-"""Random products: shuffles, pads, permutations, cuts and block products in any order, for the plan and the kernel to get right."""
+"""Random products: shuffles, pads, permutations, cuts, block products and sparse ones in any order, for the plan and the kernel to get right."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.algebra import Sparse
 from rewriter.operator import AbstractMatrix
 
 
@@ -33,9 +34,9 @@ def spelled(seed: int, widest: int = 90, most_products: int = 3) -> AbstractMatr
     words: list[Callable[[Any, Any], Any]] = []
     products = draw.randint(1, most_products)
     while products:
-        kind = draw.choice(["block", "block", "shuffle", "pad", "gather", "cut", "twice"])
-        if kind == "block":
-            word, width = _block(draw, rng, width, widest)
+        kind = draw.choice(["block", "block", "sparse", "shuffle", "pad", "gather", "cut", "twice"])
+        if kind in ("block", "sparse"):
+            word, width = (_block if kind == "block" else _sparse)(draw, rng, width, widest)
             products -= 1
         else:
             word, width = _moved(kind, draw, width)
@@ -55,6 +56,15 @@ def _block(draw: random.Random, rng: torch.Generator, width: int, widest: int) -
     p = draw.randint(1, max(1, widest // k))
     weight: Tensor = torch.randn(k, width // k, p, generator=rng) / (width // k) ** 0.5
     return (lambda ops, x: ops.block_matmul(x, ops.const(weight))), k * p
+
+
+def _sparse(draw: random.Random, rng: torch.Generator, width: int, widest: int) -> tuple[Callable[[Any, Any], Any], int]:
+    """Of any pattern that the kernel takes, each column with rows of its own, or many with the same."""
+    group = draw.randint(2, 16)
+    shared, owners = draw.choice([(1, draw.randint(1, widest)), (draw.choice([16, 64]), draw.randint(1, 2))])
+    kept = draw.randint(1, group - 1)
+    weight = torch.randn(width, shared * owners, generator=rng) / width**0.5
+    return Sparse.of(weight, kept, group, shared).product, shared * owners
 
 
 def _moved(kind: str, draw: random.Random, width: int) -> tuple[Callable[[Any, Any], Any], int]:

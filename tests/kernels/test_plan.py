@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewriter.algebra import Dense
+from rewriter import packing
+from rewriter.algebra import Dense, Sparse
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.pack import runs_of
@@ -28,7 +29,6 @@ REFUSED = {
     "Guided": "scales beside a product have no kernel",  # of training alone, known where its module was imported
     "HouseholderProduct": "sums have no kernel",
     "Permutation": "there is no product in it",
-    "Sparse": "weights with zeros left out have no kernel",
     "Sum": "sums have no kernel",
 }
 
@@ -97,6 +97,38 @@ def test_bias_and_activation_go_with_the_last_product() -> None:
 def test_copies_are_runs() -> None:
     pairs = torch.tensor([[4, 0], [5, 1], [6, 2], [-1, 3], [-1, 4], [0, 5], [2, 6], [3, 7], [3, 9]], dtype=torch.int32)
     assert runs_of(pairs).tolist() == [[4, 0, 3], [-1, 3, 2], [0, 5, 1], [2, 6, 2], [3, 9, 1]]
+
+
+def test_sparse_integers_meet_inputs_as_they_are() -> None:
+    """Their sums are of floats: what torch gives, not what rounded inputs would."""
+    made = quantised(Sparse.of(torch.randn(24, 10), 2, 4))
+    assert made is not None
+    x = torch.randn(3, 24)
+    (step,) = plan(made).steps
+    assert isinstance(step, Product) and step.pattern is not None and step.weight.dtype == torch.int8
+    close(naive.run(plan(made), x), made.product(EagerOps(), x))
+
+
+@pytest.mark.parametrize(
+    ("positions", "group", "reason"),
+    [
+        ([[1], [1]], 4, "its positions are not 2 different ones of every 4 in order"),
+        ([[2], [1]], 4, "its positions are not 2 different ones of every 4 in order"),
+        ([[1], [3]], 3, "its positions are not 2 different ones of every 3 in order"),
+        ([[1], [3]], 17, "kernels pick from groups of up to 16, not 17"),
+    ],
+)
+def test_positions_that_kernels_do_not_pick(positions: list[list[int]], group: int, reason: str) -> None:
+    with pytest.raises(NotCovered, match=reason):
+        plan(Sparse(torch.randn(2, 5), packing.pack(torch.tensor(positions), group), 2, group, group))
+
+
+def test_a_sparse_product_reads_whole_groups_side_by_side() -> None:
+    """What is not whole or not side by side is copied first; where all is, there is no copy."""
+    sparse = Sparse.of(torch.randn(24, 10), 2, 4)
+    assert kinds(sparse) == [Product]
+    assert kinds(Sparse.of(torch.randn(23, 10), 2, 4)) == [Copy, Product]
+    assert kinds(Monarch(torch.randn(3, 4, 6), torch.randn(2, 9, 5), 12, 10, stride_in=True)) == [Product, Product]  # these do not mind
 
 
 def test_sums_that_may_overflow_are_refused() -> None:

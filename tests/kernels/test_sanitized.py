@@ -91,7 +91,7 @@ def test_damaged_chains_are_refused_or_harmless(program: Path, tmp_path: Path) -
     for seed in range(1500):
         steps = plan(spelled(seed % 60), ending(seed, spelled(seed % 60).shape[0]))
         packed = pack(steps, kernels().layout, FORMATS[seed % 4])
-        numbers = packed[: (8 + 24 * len(steps.steps)) * 8].view(torch.int64)
+        numbers = packed[: (8 + 27 * len(steps.steps)) * 8].view(torch.int64)
         for _ in range(draw.choice([1, 1, 2])):
             place = draw.randrange(4, len(numbers))
             old = int(numbers[place])

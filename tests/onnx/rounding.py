@@ -25,6 +25,11 @@ class RoundingOps(EagerOps):
     def scaled(self, values: Tensor, scales: Tensor) -> Integers:  # type: ignore[override]
         return Integers(values, scales)
 
+    def scatter(self, values: Tensor | Integers, positions: Tensor, n: int, m: int) -> Tensor | Integers:  # type: ignore[override]
+        if isinstance(values, Tensor):
+            return super().scatter(values, positions, n, m)
+        return Integers(super().scatter(values.values, positions, n, m), values.scales)
+
     def matmul(self, x: Tensor, w: Tensor | Integers) -> Tensor:  # type: ignore[override]
         return x @ w if isinstance(w, Tensor) else self._rounded(x) @ (w.values * w.scales)
 

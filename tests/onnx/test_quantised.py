@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from rewriter.algebra import BlockDiagonal, Dense
+from rewriter.algebra import BlockDiagonal, Dense, Sparse
 from rewriter.backends.onnx.emit import check
 from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.run import Session
@@ -27,6 +27,7 @@ FORMS = {
     "low-rank": LowRank(torch.randn(13, 4, generator=RNG), torch.randn(4, 9, generator=RNG)),
     "one block": BlockDiagonal(torch.randn(1, 13, 9, generator=RNG)),
     "monarch": Monarch(torch.randn(3, 3, 4, generator=RNG), torch.randn(2, 6, 3, generator=RNG), 7, 5),
+    "sparse": Sparse.of(torch.randn(13, 9, generator=RNG), 2, 4),
 }
 
 

@@ -1,5 +1,6 @@
 // The steps of a chain, run: panels of columns by tiles of rows, shared among threads.
 #include "convert.hpp"
+#include "sparse.hpp"
 
 namespace structured {
 namespace {
@@ -35,12 +36,15 @@ struct Panel {
       for (int v = 0; v < V && v * LANES < wanted; ++v) __builtin_prefetch(to + (row + r) * to_size + s.at + b * s.p + column + v * LANES, 1, 3);
     typename F::Sum sums[R][V];
     const auto* w = chain.at<typename F::Weight>(s.weights + b * Chain::block_bytes(s)) + column * units * F::ROWS_A_UNIT;
-    if constexpr (F::ROWS_A_UNIT == 1) {
-      const Places at{from_size, (size_t)s.run, (size_t)s.jump, (size_t)s.step};
-      tile<F, R, V>(from + row * from_size + s.first + b * s.block, at, w, Chain::block_rows(s, b), sums);
-    } else {
+    const float* x = from + row * from_size + s.first + b * s.block;
+    if constexpr (F::ROWS_A_UNIT > 1) {
       const Places at{(size_t)(s.k * units), (size_t)units, 0, 1};
       tile<F, R, V>(converted.units + (row * s.k + b) * units, at, w, units, sums);
+    } else if (s.entries) {
+      sparse_tile<F>(s, x, from_size, w, chain.at<int32_t>(s.places) + Chain::places_before(s, column), sums);
+    } else {
+      const Places at{from_size, (size_t)s.run, (size_t)s.jump, (size_t)s.step};
+      tile<F, R, V>(x, at, w, Chain::block_rows(s, b), sums);
     }
     const float* scales = chain.at<float>(s.scales) + b * all_columns + column;
     const int32_t* totals = chain.at<int32_t>(s.scales) + (s.k + b) * all_columns + column;
@@ -94,7 +98,7 @@ struct Panel {
   }
 
   template <class F> void panel(int64_t task, size_t first, size_t last) const {
-    const int64_t panels = (Chain::columns(s) + PANEL - 1) / PANEL, b = task / panels, column = task % panels * PANEL;
+    const int64_t panels = Chain::panels(s), b = task / panels, column = task % panels * PANEL;
     if (b * s.p + column >= s.width) return;
     switch (std::min<int64_t>(PANEL, Chain::columns(s) - column) / LANES) {
       case 1: return all_rows<F, 1>(b, column, first, last);
@@ -163,7 +167,7 @@ class Run {
     const Place from = place(s.from, row, scratch), to = place(s.to, row, scratch);
     return {chain_, s, from.data, from.size, converted, to.data, to.size};
   }
-  static int64_t panels(const Step& s) { return s.k * ((Chain::columns(s) + PANEL - 1) / PANEL); }
+  static int64_t panels(const Step& s) { return s.k * Chain::panels(s); }
 
   void through(size_t first, size_t count, Workspace& mine) {
     float* scratch = mine.rows_of_scratch(count * chain_.head.scratch);

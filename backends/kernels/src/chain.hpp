@@ -2,7 +2,7 @@
 //
 // A row of the program is x (n), y (m) and a scratch; a step reads one of them and writes another:
 //   product   to[at + b p + j] = scale[b, j] sum_i from[first + b block + (i / run) jump + (i % run) step] w[b, i, j]; rows b q + i at and
-//             beyond `valid` are zero
+//             beyond `valid` are zero; where there are `entries`, as many numbers of each column are stored, see sparse.hpp
 //   copy      for each of `width` runs (from, to, length): so many numbers from there to there, zeros where `from` is negative
 //   finish    y[j] = activation(y[j] + bias[j]) + skip[j], then y = (y - mean) / sqrt(variance + epsilon) * norm[j] + norm[m + j],
 //             each part where it is wanted; skip (rows, m) comes with the call
@@ -19,15 +19,16 @@ enum Kind : int64_t { PRODUCT = 1, COPY, FINISH };
 constexpr int64_t MOST = int64_t(1) << 31;  // of any size
 constexpr int64_t ALIGNED = 16;             // floats to which pieces of the scratch are rounded up
 constexpr int64_t MOST_INT8 = 65536;  // rows whose products of 8 bits fit in 32
+constexpr int64_t MOST_WINDOW = 16, ENTRIES_A_WORD = 8;  // of sparse weights
 enum Area : int64_t { X, Y, SCRATCH };
 
-struct Step {  // 24 numbers of 8 bytes; offsets in bytes from the tensor's start, 0 where there is nothing
+struct Step {  // 27 numbers of 8 bytes; offsets in bytes from the tensor's start, 0 where there is nothing
   int64_t kind, from, to, at, width;
   int64_t first, block, run, jump, step, valid;
   int64_t k, q, p, format;
   int64_t weights, scales, bias, activation, runs, skip, norm;
   double epsilon;
-  int64_t spare;
+  int64_t entries, window, each, places;
 };
 struct Header {
   int64_t magic, bytes, lanes, panel, n, m, scratch, steps;
@@ -58,9 +59,15 @@ struct Chain {
   explicit Chain(const void* packed) : data((const char*)packed), head(*(const Header*)packed), steps((const Step*)(data + sizeof(Header))) {}
 
   template <class T> const T* at(int64_t offset) const { return (const T*)(data + offset); }
-  static int64_t units(const Step& s) { return (s.q + rows_a_unit(s.format) - 1) / rows_a_unit(s.format); }
+  static int64_t units(const Step& s) { return ((s.entries ? s.entries : s.q) + rows_a_unit(s.format) - 1) / rows_a_unit(s.format); }
   static int64_t columns(const Step& s) { return round_up(s.p, LANES); }
   static int64_t block_bytes(const Step& s) { return units(s) * rows_a_unit(s.format) * columns(s) * bytes_a_row(s.format); }
+  // Numbers that say which inputs the entries are for, of the panels before a column.
+  static int64_t places_before(const Step& s, int64_t column) {
+    return s.window ? (s.entries + ENTRIES_A_WORD - 1) / ENTRIES_A_WORD * column : s.entries * ((column + PANEL - 1) / PANEL);
+  }
+  static int64_t places(const Step& s) { return places_before(s, columns(s)); }
+  static int64_t panels(const Step& s) { return (columns(s) + PANEL - 1) / PANEL; }  // of a block
   static bool converts(const Step& s) { return s.format == BFLOAT16 || s.format == INT8; }
   // Of the block's first `rows` inputs, from the block's own first: the place beyond the last.
   static int64_t reach(const Step& s, int64_t rows) {
@@ -94,7 +101,7 @@ struct Chain {
   bool holds(int64_t offset, int64_t bytes) const { return offset >= 0 && offset % 64 == 0 && bytes >= 0 && bytes <= head.bytes && offset <= head.bytes - bytes; }
 
   bool fits(const Step& s) const {
-    for (int64_t number : {s.at, s.width, s.first, s.block, s.run, s.jump, s.step, s.valid, s.k, s.q, s.p})
+    for (int64_t number : {s.at, s.width, s.first, s.block, s.run, s.jump, s.step, s.valid, s.k, s.q, s.p, s.entries, s.window, s.each})
       if (number < 0 || number > MOST) return false;
     if (s.from < X || s.from > SCRATCH || s.to < Y || s.to > SCRATCH) return false;
     if (s.kind == FINISH) {
@@ -113,9 +120,22 @@ struct Chain {
     if (s.format < FLOAT32 || s.format > INT8 || (s.format == INT8 && s.q > MOST_INT8)) return false;
     for (int64_t b = 0; b < s.k; ++b)
       if (int64_t rows = block_rows(s, b); rows && s.first + b * s.block + reach(s, rows) > size(s.from)) return false;
-    if (s.k > MOST / s.q / s.p || !holds(s.weights, s.k * block_bytes(s))) return false;
+    if (s.k > MOST / s.q / s.p || (s.entries && !sparse(s)) || !holds(s.weights, s.k * block_bytes(s))) return false;
     const int64_t scaled = s.format == INT8 ? 2 : s.format == WEIGHT8 ? 1 : 0;  // scales, then the columns' sums
     return holds(s.scales, scaled * s.k * columns(s) * 4) && (!s.bias || holds(s.bias, s.width * 4));
+  }
+
+  // One block, inputs side by side, entries within their windows and those within the inputs.
+  bool sparse(const Step& s) const {
+    if (s.k != 1 || s.step != 1 || s.run < s.q || s.valid != s.q || (s.format != FLOAT32 && s.format != WEIGHT8)) return false;
+    if (s.entries > s.q || s.p > MOST / s.entries) return false;
+    if (s.window) {
+      if (s.window > MOST_WINDOW || s.each < 1) return false;
+      return (s.entries - 1) / s.each * s.window < s.q && holds(s.places, places(s) * 4);
+    }
+    if (!holds(s.places, places(s) * 4)) return false;
+    const int32_t *place = at<int32_t>(s.places), *end = place + places(s);
+    return std::all_of(place, end, [&](int32_t row) { return row >= 0 && row < s.q; });
   }
 };
 
