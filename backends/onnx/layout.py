@@ -6,8 +6,9 @@ value's writer and a reader of it differ, it is transposed. With c(v, l) the sec
     minimise  sum_v c(v, l(v)) + sum_values t(width) * [its writer and a reader of it differ]
 
 over the layouts l, which is a minimum cut between "last" and "first". Elementwise nodes between sites cost the same in both and hand the
-layout on; everything else has features last. Sums of parts only propose: each chain that is to have features first is timed as a whole both
-ways, and keeps them last unless it is faster so.
+layout on; everything else has features last. Sums of parts only propose, for they leave out what is still in the cache from the layer
+before: each chain that is to have features first is timed as a whole both ways, and keeps them last unless it is faster so. Where the cut
+proposes nothing, that is done with all of a chain.
 
 No node moves: a body with features first has a transpose at either end, and ONNX Runtime's optimizer carries those past elementwise nodes
 and cancels the ones that meet.
@@ -90,7 +91,7 @@ def layouts(model: ir.Model, conditions: Conditions) -> tuple[dict[ir.Node, str]
             continue
         timed, turns = _timed(chain, conditions)
         chosen |= {node: form.lowering for node, form in timed.items() if form.lowering}
-        firsts = cut(timed, turns)
+        firsts = cut(timed, turns) or _all_together(timed)
         for run in _chains({node: form for node, form in timed.items() if node in firsts}):
             seconds = _as_it_stands(list(run), timed, constants, conditions)
             if seconds.pays:
@@ -100,6 +101,12 @@ def layouts(model: ir.Model, conditions: Conditions) -> tuple[dict[ir.Node, str]
             said.setdefault("last", []).append(f"{rest} (by the sum of parts)")
     heads = {"first": "features come first from layer to layer", "last": "features stay last where first would be slower"}
     return chosen, [f"{heads[where]}: {'; '.join(runs)}" for where, runs in said.items()]
+
+
+def _all_together(timed: Members) -> set[ir.Node]:
+    """What may have features first, unless it is a single site, which was timed as it stands."""
+    able = {node for node, form in timed.items() if form.first < inf}
+    return able if sum(map(is_opaque, able)) > 1 else set()
 
 
 def _names(nodes: Iterable[ir.Node]) -> str:
@@ -164,11 +171,9 @@ def _timed(chain: Members, conditions: Conditions) -> tuple[dict[ir.Node, Form],
 def _form(node: ir.Node, form: Form, turns: Turns, conditions: Conditions) -> Form:
     spec, rank = spec_of(node)
     among = matrix_lowerings(spec, rank, chained=True)
-    if len(among) == 1:
-        return Form(rank, form.width, form.inputs, 0.0, inf, among[0])
     table = [measure_lowerings(spec, rank, among, count, conditions.threads, conditions.opset) for count in conditions.tokens]
     seconds = {lowering: sum(column) for lowering, *column in zip(among, *table, strict=True)}
-    first = max(0.0, seconds.pop(COLUMNS) - turns[form.inputs] - turns[form.width])
+    first = max(0.0, seconds.pop(COLUMNS, inf) - turns[form.inputs] - turns[form.width])
     best = min(seconds, key=seconds.__getitem__)
     return Form(rank, form.width, form.inputs, seconds[best], first, best)
 

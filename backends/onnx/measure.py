@@ -86,18 +86,20 @@ def time_bodies(
 
 
 def measure_transposes(widths: Sequence[int], rank: int, tokens: int, threads: int, opset: int = OPSET) -> list[float]:
-    """Seconds of exchanging tokens and features, by width."""
+    """Seconds of exchanging tokens and features, by width; like bodies, over several values."""
 
     def model(width: int) -> ir.Model:
-        x = ir.val("x", ir.DataType.FLOAT, [*(f"d{i}" for i in range(rank - 1)), width])
         order = [*range(rank - 2), rank - 1, rank - 2]
-        node = ir.node("Transpose", [x], {"perm": order})
-        y = node.outputs[0]
-        y.name, y.type, y.shape = "y", x.type, ir.Shape([x.shape[axis] for axis in order] if x.shape else [])
-        return ir.Model(ir.Graph([x], [y], nodes=[node], opset_imports={"": opset}, name="transpose"), ir_version=10)
+        dims: list[int | str | None] = [*(f"d{i}" for i in range(rank - 1)), width]
+        xs = [ir.val(f"x{i}", ir.DataType.FLOAT, dims) for i in range(MANY_TOKENS_COPIES)]
+        nodes = [ir.node("Transpose", [x], {"perm": order}) for x in xs]
+        ys = [node.outputs[0] for node in nodes]
+        for i, y in enumerate(ys):
+            y.name, y.type, y.shape = f"y{i}", ir.TensorType(ir.DataType.FLOAT), ir.Shape([dims[axis] for axis in order])
+        return ir.Model(ir.Graph(xs, ys, nodes=nodes, opset_imports={"": opset}, name="transposes"), ir_version=10)
 
     def time() -> list[float]:
-        return time_models([model(width) for width in widths], tokens, threads)
+        return [seconds / MANY_TOKENS_COPIES for seconds in time_models([model(width) for width in widths], tokens, threads)]
 
     return measured(len(widths), time, RUNTIME, "transposes", rank, *widths, tokens, threads, opset)
 
