@@ -85,7 +85,7 @@ def layouts(model: ir.Model, conditions: Conditions) -> tuple[dict[ir.Node, str]
     """The lowerings of sites that gain or lose by their neighbours' layout, and what is to be said of it."""
     constants = Constants(conditions.opset)
     chosen: dict[ir.Node, str] = {}
-    said: dict[str, list[str]] = {}
+    said: dict[str, dict[str, list[str]]] = {"first": {}, "last": {}}
     for chain in _chains(_members(model, constants)):
         if not any(COLUMNS in matrix_lowerings(*spec_of(node)) for node in chain if is_opaque(node)):
             continue
@@ -96,11 +96,17 @@ def layouts(model: ir.Model, conditions: Conditions) -> tuple[dict[ir.Node, str]
             seconds = _as_it_stands(list(run), timed, constants, conditions)
             if seconds.pays:
                 chosen |= {node: COLUMNS for node in run if is_opaque(node)}
-            said.setdefault("first" if seconds.pays else "last", []).append(f"{_names(run)} ({seconds.ratios(conditions.tokens)})")
+            said["first" if seconds.pays else "last"].setdefault(seconds.ratios(conditions.tokens), []).append(_names(run))
         if rest := _names(node for node in timed if node not in firsts):
-            said.setdefault("last", []).append(f"{rest} (by the sum of parts)")
-    heads = {"first": "features come first from layer to layer", "last": "features stay last where first would be slower"}
-    return chosen, [f"{heads[where]}: {'; '.join(runs)}" for where, runs in said.items()]
+            said["last"].setdefault("by the sum of parts", []).append(rest)
+    return chosen, [_told(where, runs) for where, runs in said.items() if runs]
+
+
+def _told(where: str, runs: Mapping[str, Sequence[str]]) -> str:
+    """A sentence for the report; chains of one figure share it."""
+    head = "come first from layer to layer" if where == "first" else "stay last where first would be slower"
+    listed = [f"{', '.join(names)} ({figures})" for figures, names in runs.items()]
+    return f"features {head}: {'; '.join(listed)}"
 
 
 def _all_together(timed: Members) -> set[ir.Node]:

@@ -1,4 +1,5 @@
-"""Which lowering a body gets: of block_matmul the spelling, of a map the form or the target's own operator.
+"""Which lowering a body gets by itself: of a matrix how block products are spelled and whether features come first or last, of a map the
+form or the target's own operator. What neighbours change is in layout.py.
 
 Each is timed under ONNX Runtime at the asked token counts; the least summed time wins.
 """
@@ -11,7 +12,7 @@ from rewriter.backends.onnx.contrib import STANDARD
 from rewriter.backends.onnx.emit import Choose, default_lowering
 from rewriter.backends.onnx.measure import OPSET, measure_lowerings
 from rewriter.backends.onnx.opaque import matrix_skeleton
-from rewriter.backends.onnx.ops import COLUMNS, LOWERINGS, ROWS, takes_columns
+from rewriter.backends.onnx.ops import BATCHED, COLUMNS, SPLIT, takes_columns
 from rewriter.backends.onnx.sequence_ops import lowerings
 from rewriter.cost import CostOps, Width
 
@@ -70,4 +71,4 @@ def matrix_lowerings(spec: str, rank: int, chained: bool = False) -> tuple[str, 
     words = _Words()
     operator.product(words, Width((operator.shape[1],)))
     columns = rank > 1 and takes_columns(leaves) and (words.blocks or words.moves or chained)
-    return (ROWS, *(LOWERINGS[1:-1] if words.blocks else ()), *((COLUMNS,) if columns else ()))
+    return (SPLIT, *((BATCHED,) if words.blocks else ()), *((COLUMNS,) if columns else ()))

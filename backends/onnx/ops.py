@@ -21,7 +21,7 @@ from rewriter.backends.onnx.scatter import scattered
 
 # The first is what is emitted where nothing was measured. The last has features before the last leading axis. A grouped 1x1 convolution
 # would be about as fast there, but ONNX Runtime refuses it an empty sequence, which a product takes.
-LOWERINGS = ROWS, _, COLUMNS = ("split", "batched", "columns")
+LOWERINGS = SPLIT, BATCHED, COLUMNS = ("split", "batched", "columns")
 MANY_BLOCKS = 64  # beyond which "split" would be a node for each block
 
 
@@ -77,7 +77,7 @@ class OnnxOps:
             return self._plain(self._product(self._settled(x), self._each(w)[0]), p)
         if not self.leading:
             return self._one_row(x, w)
-        if self.lowering == "split" and k <= MANY_BLOCKS:
+        if self.lowering == SPLIT and k <= MANY_BLOCKS:
             return self._split(x, w)
         return self._batched(x, w)
 
