@@ -116,7 +116,7 @@ def _all_together(timed: Members) -> set[ir.Node]:
 
 
 def _names(nodes: Iterable[ir.Node]) -> str:
-    return " . ".join(node.metadata_props[SITE] for node in nodes if is_opaque(node))
+    return " . ".join(node.metadata_props.get(SITE, node.name or "") for node in nodes if is_opaque(node))
 
 
 def _members(model: ir.Model, constants: Constants) -> dict[ir.Node, Form]:
