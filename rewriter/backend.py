@@ -43,8 +43,11 @@ class Target(Protocol):
         """The type in which the target's file holds weights of this type."""
         ...
 
-    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
-        """Write the model to `path` atomically; checked, dynamic dimensions still dynamic, input and output names and order preserved."""
+    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> list[str]:
+        """Write the model to `path` atomically; checked, dynamic dimensions still dynamic, input and output names and order preserved.
+
+        Gives back what is to be said of how it was written, for the report's notes.
+        """
         ...
 
     def open(self, path: Path, threads: int) -> Runner:

@@ -271,7 +271,7 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
     provenance = {"report": dataclasses.replace(draft, seconds=0.0, recipe=recipe).to_json()}  # same seed, same bytes
     emission = EmitOptions(options.opset, options.flatten, options.token_counts, options.threads, provenance)
     emitted = folder / name
-    job.target.emit(job.graph, emitted, emission)
+    job.notes += job.target.emit(job.graph, emitted, emission)
     error, failure = _judged(job, emitted, explicit)
     gc.collect()  # a loaded program holds itself
     rows: list[Latency] = []

@@ -21,7 +21,7 @@ from rewriter.algebra import Dense
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.onnx import measure
 from rewriter.backends.onnx.emit import attach
-from rewriter.backends.onnx.lowering import LOWERINGS
+from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.run import Session
 from rewriter.operator import AbstractMatrix, flatten
 from rewriter.passes.structures.block_dense import BlockDense

@@ -68,11 +68,12 @@ class TorchTarget:
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
+    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> list[str]:
         if not isinstance(graph, FxGraph):
             said = "--target torch needs a torch model (.pt2, module or folder), the input is ONNX"
             raise RewriteError(f"{said}; use --target onnxruntime or onnx")
         save_pt2(lower(graph), path, dict(options.provenance))
+        return []
 
     def open(self, path: Path, threads: int) -> Runner:
         program = load_pt2(path)

@@ -6,6 +6,7 @@ torch.onnx.export and the version converters inline every function, so a body is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -22,6 +23,8 @@ from rewriter.errors import RewriteError
 from rewriter.operator import skeleton
 
 Choose = Callable[[str, int], str]  # (spec, rank) -> lowering
+Together = Callable[[ir.Model], Mapping[ir.Node, str]]  # lowerings of nodes that are chosen with their neighbours
+NONE: Mapping[ir.Node, str] = MappingProxyType({})
 FIRST_IR_WITH_OVERLOADS = 10
 _PATHS = ("stack_trace", "fx_node")  # metadata that shows where on the maker's disk a model was built
 
@@ -32,13 +35,18 @@ def default_lowering(spec: str, rank: int) -> str:
 
 
 def finish(
-    model: ir.Model, opset: int, flatten: bool = False, choose: Choose = default_lowering, provenance: Mapping[str, str] | None = None
+    model: ir.Model,
+    opset: int,
+    flatten: bool = False,
+    choose: Choose = default_lowering,
+    provenance: Mapping[str, str] | None = None,
+    together: Together = lambda model: NONE,
 ) -> ir.Model:
     """The model ready to be saved, edited in place. A model of a higher opset keeps it: operators cannot be taken back."""
     adopt_sites(model)
     convert(model, opset)
     passes.RemoveUnusedNodesPass()(model)
-    attach(model, choose)
+    attach(model, choose, together(model))
     if flatten:
         passes.InlinePass(criteria=lambda f: f.domain == DOMAIN)(model)
         model.graph.opset_imports.pop(DOMAIN, None)
@@ -88,8 +96,8 @@ def convert(model: ir.Model, opset: int) -> None:
             node.metadata_props.update(before.metadata_props)
 
 
-def attach(model: ir.Model, choose: Choose = default_lowering) -> None:
-    """One function for each distinct operator, in place."""
+def attach(model: ir.Model, choose: Choose = default_lowering, lowered: Mapping[ir.Node, str] = NONE) -> None:
+    """One function for each distinct operator and lowering, in place; a node's own lowering, where it has one, is in `lowered`."""
     nodes = [node for node in model.graph.all_nodes() if is_opaque(node)]
     if not nodes:
         model.graph.opset_imports.pop(DOMAIN, None)
@@ -99,8 +107,11 @@ def attach(model: ir.Model, choose: Choose = default_lowering) -> None:
         spec, rank = spec_of(node)
         if rank == 0:
             _attach_map(model, node, spec, choose(spec, 0))
-        elif node.op_identifier() not in model.functions:
-            body = function(spec, rank, opset, choose(spec, rank))
+            continue
+        lowering = lowered.get(node) or choose(spec, rank)
+        node.overload = overload(spec, rank, lowering)
+        if node.op_identifier() not in model.functions:
+            body = function(spec, rank, opset, lowering)
             model.functions[body.identifier()] = body
     passes.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[DOMAIN] = VERSION

@@ -1,4 +1,5 @@
-"""Which lowering a body gets: of block_matmul the spelling, of a map the form or the target's own operator.
+"""Which lowering a body gets by itself: of a matrix how block products are spelled and whether features come first or last, of a map the
+form or the target's own operator. What neighbours change is in layout.py.
 
 Each is timed under ONNX Runtime at the asked token counts; the least summed time wins.
 """
@@ -11,7 +12,7 @@ from rewriter.backends.onnx.contrib import STANDARD
 from rewriter.backends.onnx.emit import Choose, default_lowering
 from rewriter.backends.onnx.measure import OPSET, measure_lowerings
 from rewriter.backends.onnx.opaque import matrix_skeleton
-from rewriter.backends.onnx.ops import LOWERINGS
+from rewriter.backends.onnx.ops import BATCHED, COLUMNS, SPLIT, takes_columns
 from rewriter.backends.onnx.sequence_ops import lowerings
 from rewriter.cost import CostOps, Width
 
@@ -28,7 +29,7 @@ def chooser(tokens: Sequence[int], threads: int, contrib: bool = False, opset: i
     def choose(spec: str, rank: int) -> str:
         key = (spec, rank, tuple(tokens), threads, contrib, opset)
         if key not in _chosen:
-            among = (LOWERINGS if has_blocks(spec) else ()) if rank else lowerings(spec, contrib, opset)
+            among = matrix_lowerings(spec, rank) if rank else lowerings(spec, contrib, opset)
             among = (STANDARD,) if STANDARD in among and not contrib else among
             _chosen[key] = among[0] if len(among) == 1 else default_lowering(spec, rank)
             if len(among) > 1:
@@ -44,19 +45,30 @@ def _fastest(spec: str, rank: int, among: Sequence[str], tokens: Sequence[int], 
     return among[totals.index(min(totals))]
 
 
-class _Blocks(CostOps):
-    """The count, noting whether the word is used."""
+class _Words(CostOps):
+    """The count, noting which words that move features are used."""
 
-    seen = False
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.blocks = self.moves = False
 
     def block_matmul(self, x: Width, w: Width) -> Width:
-        self.seen = self.seen or w.shape[0] > 1
+        self.blocks = self.blocks or w.shape[0] > 1
         return super().block_matmul(x, w)
 
+    def shuffle(self, x: Width, k: int) -> Width:
+        self.moves = True
+        return super().shuffle(x, k)
 
-def has_blocks(spec: str) -> bool:
-    """Whether there is anything to choose."""
-    operator, _ = matrix_skeleton(spec)
-    ops = _Blocks(1)
-    operator.product(ops, Width((operator.shape[1],)))
-    return ops.seen
+    def gather(self, x: Width, index: Width) -> Width:
+        self.moves = True
+        return super().gather(x, index)
+
+
+def matrix_lowerings(spec: str, rank: int, chained: bool = False) -> tuple[str, ...]:
+    """Those that differ. `chained`: features first may pay for the sake of a neighbour, even where the product moves none."""
+    operator, leaves = matrix_skeleton(spec)
+    words = _Words()
+    operator.product(words, Width((operator.shape[1],)))
+    columns = rank > 1 and takes_columns(leaves) and (words.blocks or words.moves or chained)
+    return (SPLIT, *((BATCHED,) if words.blocks else ()), *((COLUMNS,) if columns else ()))

@@ -85,13 +85,53 @@ def time_bodies(
     return [timing.seconds(i) / count for i, count in enumerate(copies)]
 
 
+def measure_transposes(widths: Sequence[int], rank: int, tokens: int, threads: int, opset: int = OPSET) -> list[float]:
+    """Seconds of exchanging tokens and features, by width; like bodies, over several values."""
+
+    def model(width: int) -> ir.Model:
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        dims: list[int | str | None] = [*(f"d{i}" for i in range(rank - 1)), width]
+        xs = [ir.val(f"x{i}", ir.DataType.FLOAT, dims) for i in range(MANY_TOKENS_COPIES)]
+        nodes = [ir.node("Transpose", [x], {"perm": order}) for x in xs]
+        ys = [node.outputs[0] for node in nodes]
+        for i, y in enumerate(ys):
+            y.name, y.type, y.shape = f"y{i}", ir.TensorType(ir.DataType.FLOAT), ir.Shape([dims[axis] for axis in order])
+        return ir.Model(ir.Graph(xs, ys, nodes=nodes, opset_imports={"": opset}, name="transposes"), ir_version=10)
+
+    def time() -> list[float]:
+        return [seconds / MANY_TOKENS_COPIES for seconds in time_models([model(width) for width in widths], tokens, threads)]
+
+    return measured(len(widths), time, RUNTIME, "transposes", rank, *widths, tokens, threads, opset)
+
+
+def time_models(models: Sequence[ir.Model], tokens: int, threads: int) -> list[float]:
+    """Seconds of whole models with bodies attached, interleaved; inputs are (..., tokens, width)."""
+    timing = interleave([_call(model, tokens, threads) for model in models], seconds=SECONDS)
+    return [timing.seconds(i) for i in range(len(models))]
+
+
+def _call(model: ir.Model, tokens: int, threads: int) -> Callable[[], object]:
+    session = Session(ir.to_proto(model).SerializeToString(), threads)
+    feeds = {}
+    for value in model.graph.inputs:
+        dims = list(value.shape or ())
+        feeds[value.name or ""] = torch.randn(*[1] * (len(dims) - 2), tokens, *[d for d in dims[-1:] if isinstance(d, int)])
+    arrays = session.arrays(feeds)
+    return lambda: session.session.run(None, arrays)
+
+
 def copies_of(spec: str, tokens: int) -> int:
     operator, leaves = skeleton(spec)
     if not leaves:
         return 1  # nothing that could be cold, and runtimes merge equal nodes
+    return copies_of_bytes(operator.cost().nbytes, tokens)
+
+
+def copies_of_bytes(nbytes: int, tokens: int) -> int:
+    """So many that no cache holds such weights together, where tokens are few."""
     if tokens > FEW_TOKENS:
         return MANY_TOKENS_COPIES
-    return max(MANY_TOKENS_COPIES, min(MOST_COPIES, -(-COLD_BYTES // max(operator.cost().nbytes, 1))))
+    return max(MANY_TOKENS_COPIES, min(MOST_COPIES, -(-COLD_BYTES // max(nbytes, 1))))
 
 
 def body_call(

@@ -1,6 +1,7 @@
 """One opaque node per site: domain "structured", the operator's name, its factors as inputs, its spec as metadata.
 
-The overload names the spec and the rank of x, because a body bakes both in; so equal sites share one function.
+The overload names the spec, the rank of x and, once it is settled, the lowering, because a body bakes them in; so equal sites share one
+function.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def kind(spec: str) -> str:
     return str(json.loads(spec)["operator"])
 
 
-def overload(spec: str, rank: int) -> str:
+def overload(spec: str, rank: int, lowering: str = "") -> str:
     """What tells the bodies of one operator apart."""
-    return f"{hashlib.sha256(spec.encode()).hexdigest()[:10]}_{rank}"
+    return f"{hashlib.sha256(spec.encode()).hexdigest()[:10]}_{rank}{lowering and f'_{lowering}'}"
 
 
 def opaque(inputs: Sequence[ir.Value], factors: Sequence[ir.Value], spec: str, site: str, rank: int, outputs: int = 1) -> ir.Node:

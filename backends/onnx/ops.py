@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import onnx_ir as ir
+import torch
 from onnx_ir.tape import Tape
 from torch import Tensor
 
@@ -18,9 +19,9 @@ from rewriter.backends.onnx.arrange import Arranged, Axis, arrange, plain, settl
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, matrix_skeleton, overload
 from rewriter.backends.onnx.scatter import scattered
 
-# Of block_matmul; the first is what is emitted where nothing was measured. A grouped 1x1 convolution wins only on single rows, and ONNX
-# Runtime refuses it an empty one, which a product takes.
-LOWERINGS = ("split", "batched")
+# The first is what is emitted where nothing was measured. The last has features before the last leading axis. A grouped 1x1 convolution
+# would be about as fast there, but ONNX Runtime refuses it an empty sequence, which a product takes.
+LOWERINGS = SPLIT, BATCHED, COLUMNS = ("split", "batched", "columns")
 MANY_BLOCKS = 64  # beyond which "split" would be a node for each block
 
 
@@ -42,6 +43,8 @@ class Integers(NamedTuple):
 class OnnxOps:
     """Emits onto a tape, for an x of known rank."""
 
+    axis = -1  # of the features
+
     def __init__(self, rank: int, factors: Mapping[int, ir.Value], lowering: str) -> None:
         self.leading = tuple(Axis(None) for _ in range(rank - 1))
         self.factors = factors  # by id of the operator's tensor
@@ -58,6 +61,10 @@ class OnnxOps:
     def _settled(self, x: Arranged) -> ir.Value:
         return settled(self.tape, x).value
 
+    def given(self, x: ir.Value, features: int) -> Arranged:
+        """The function's input, (..., features), as products are to find it."""
+        return self._plain(x, features)
+
     def const(self, tensor: Tensor) -> Weight:
         return Weight(self.factors[id(tensor)], tuple(tensor.shape))
 
@@ -70,7 +77,7 @@ class OnnxOps:
             return self._plain(self._product(self._settled(x), self._each(w)[0]), p)
         if not self.leading:
             return self._one_row(x, w)
-        if self.lowering == "split" and k <= MANY_BLOCKS:
+        if self.lowering == SPLIT and k <= MANY_BLOCKS:
             return self._split(x, w)
         return self._batched(x, w)
 
@@ -135,31 +142,82 @@ class OnnxOps:
         return self._plain(self.tape.op("Mul", [self._settled(x), w.value]), x.width)
 
     def gather(self, x: Arranged, index: Weight) -> Arranged:
-        return self._plain(self.tape.op("Gather", [self._settled(x), index.value], {"axis": -1}), index.shape[0])
+        return self._plain(self.tape.op("Gather", [self._settled(x), index.value], {"axis": self.axis}), index.shape[0])
 
     def concat(self, xs: Sequence[Arranged]) -> Arranged:
-        return self._plain(self.tape.op("Concat", [self._settled(x) for x in xs], {"axis": -1}), sum(x.width for x in xs))
+        return self._plain(self.tape.op("Concat", [self._settled(x) for x in xs], {"axis": self.axis}), sum(x.width for x in xs))
 
     def split(self, x: Arranged, sizes: Sequence[int]) -> list[Arranged]:
-        pieces = self.tape.op_multi_out("Split", [self._settled(x), self._ints(*sizes)], {"axis": -1}, num_outputs=len(sizes))
+        pieces = self.tape.op_multi_out("Split", [self._settled(x), self._ints(*sizes)], {"axis": self.axis}, num_outputs=len(sizes))
         return [self._plain(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
 
     def pad(self, x: Arranged, width: int) -> Arranged:
         if width == x.width:
             return x
         rank = len(self.leading) + 1
-        pads = [0] * (2 * rank - 1) + [width - x.width]
+        pads = [0] * (2 * rank)
+        pads[self.axis] = width - x.width
         return self._plain(self.tape.op("Pad", [self._settled(x), self._ints(*pads)]), width)
+
+
+class ColumnOps(OnnxOps):
+    """The same on (..., n, tokens), for an x of two axes or more: weights stand on the left, and what moves are whole rows of tokens.
+
+    Between two such bodies with nothing but elementwise nodes in between, the turns at their ends cancel: ONNX Runtime's own optimizer
+    carries a Transpose past those.
+    """
+
+    axis = -2
+
+    def _plain(self, value: ir.Value, features: int) -> Arranged:
+        axis, (*outer, last) = Axis(features), self.leading
+        return Arranged(value, (*((a,) for a in outer), (axis,), (last,)), self.leading, (axis,))
+
+    def _settled(self, x: Arranged) -> ir.Value:
+        *outer, last = self.leading
+        return arrange(self.tape, x, (*((a,) for a in outer), x.features, (last,))).value
+
+    def given(self, x: ir.Value, features: int) -> Arranged:
+        return self._plain(self._settled(plain(x, self.leading, features)), features)
+
+    def matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
+        turned = self.tape.op("Transpose", [w.value], {"perm": [1, 0]})
+        return self._plain(self.tape.op("MatMul", [turned, self._settled(x)]), w.shape[1])
+
+    def block_matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
+        """One product over the blocks. An axis of size 1 goes before the features, so that in both Reshapes tokens keep their place:
+        a size of -1 could not be told where another one is zero."""
+        k, q, p = w.shape
+        if k == 1:
+            return self.matmul(x, self._each(w)[0])
+        before, one = [0] * (len(self.leading) - 1), self._ints(-3)
+        blocks = self.tape.op("Reshape", [self.tape.op("Unsqueeze", [self._settled(x), one]), self._ints(*before, k, q, 0)])
+        product = self.tape.op("MatMul", [self.tape.op("Transpose", [w.value], {"perm": [0, 2, 1]}), blocks])
+        joined = self.tape.op("Reshape", [product, self._ints(*before, 1, k * p, 0)])
+        return self._plain(self.tape.op("Squeeze", [joined, one]), k * p)
+
+    def shuffle(self, x: Arranged, k: int) -> Arranged:
+        order = [i * (x.width // k) + j for j in range(x.width // k) for i in range(k)]
+        return self._plain(self.tape.op("Gather", [self._settled(x), self._ints(*order)], {"axis": self.axis}), x.width)
+
+    def mul(self, x: Arranged, w: Weight) -> Arranged:
+        return super().mul(x, Weight(self.tape.op("Unsqueeze", [w.value, self._ints(-1)]), (*w.shape, 1)))
 
 
 def function(spec: str, rank: int, opset: int, lowering: str = LOWERINGS[0]) -> ir.Function:
     """The body of the operator that `spec` describes, for an x of `rank` axes."""
     operator, leaves = matrix_skeleton(spec)
     inputs = [ir.Value(name=path.replace(".", "_")) for path in field_paths(spec)]
-    ops = OnnxOps(rank, {id(leaf): value for leaf, value in zip(leaves, inputs, strict=True)}, lowering)
+    columns = lowering == COLUMNS and rank > 1 and takes_columns(leaves)
+    ops = (ColumnOps if columns else OnnxOps)(rank, {id(leaf): value for leaf, value in zip(leaves, inputs, strict=True)}, lowering)
     x = ir.Value(name="x")
-    y = settled(ops.tape, operator.product(ops, plain(x, ops.leading, operator.shape[1]))).value
+    y = settled(ops.tape, operator.product(ops, ops.given(x, operator.shape[1]))).value
     if y.producer() is None:
         y = ops.tape.op("Identity", [y])
     graph = ir.Graph([x, *inputs], [y], nodes=ops.tape.nodes, opset_imports={"": opset}, name=kind(spec))
-    return ir.Function(DOMAIN, kind(spec), overload(spec, rank), graph=graph, attributes=())
+    return ir.Function(DOMAIN, kind(spec), overload(spec, rank, lowering), graph=graph, attributes=())
+
+
+def takes_columns(leaves: Sequence[Tensor]) -> bool:
+    """Whether there are no integers among the factors: runtimes multiply those on the right."""
+    return all(leaf.dtype != torch.int8 for leaf in leaves)

@@ -17,6 +17,7 @@ from rewriter.backends.kernels.session import open_covered, trusted
 from rewriter.backends.onnx.emit import finish
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.int8 import open_int8
+from rewriter.backends.onnx.layout import Conditions, layouts
 from rewriter.backends.onnx.lowering import chooser
 from rewriter.backends.onnx.measure import measure
 from rewriter.backends.onnx.opaque import DOMAIN
@@ -46,12 +47,20 @@ class OnnxTarget:
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> None:
+    def emit(self, graph: Graph, path: Path, options: EmitOptions) -> list[str]:
         model = source_model(graph, options)
         self.prepare(model)
         opset = max(options.opset, model.graph.opset_imports[""])
         choose = chooser(options.tokens, options.threads, self.contrib, opset)
-        save_onnx(finish(model, options.opset, options.flatten, choose, options.provenance), path)
+        notes: list[str] = []
+
+        def together(model: ir.Model) -> dict[ir.Node, str]:
+            chosen, said = layouts(model, Conditions(tuple(options.tokens), options.threads, opset))
+            notes.extend(said)
+            return chosen
+
+        save_onnx(finish(model, options.opset, options.flatten, choose, options.provenance, together), path)
+        return notes
 
     def prepare(self, model: ir.Model) -> None:
         """Make the model one that this target runs; here: refuse what is not portable."""
