@@ -2,7 +2,8 @@
 
     python tools/bench_speed.py [--shapes 768x3072 4096x4096] [--tokens 1 64] [--factors 4] [--threads 1 2]
 
-Of each family a member that stores 1/F of the numbers, F from 2 to 16; N:M sparse ones beside, without a target. Rows: stock operators and kernels, each in float32 and in int8.
+Of each family a member that stores 1/F of the numbers, F from 2 to 16; N:M sparse ones beside, without a target. Rows: stock operators and
+kernels, each in float32 and in int8.
 A cell is "times as fast as dense float32 / as dense int8"; weights are cold up to 8 tokens. Before a table is printed, kernels and the
 stock forms in float32 are compared with their plain form; where one is off, the program ends (stock int8 rounds inputs by tensor and is
 held to the same rounding in the tests). Targets stand below each table with what was reached.

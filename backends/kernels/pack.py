@@ -1,4 +1,4 @@
-"""A plan and its weights as one tensor of bytes that the kernel reads: header, steps, panels of weights (see src/chain.hpp, src/sparse.hpp).
+"""A plan and its weights as one tensor of bytes that the kernel reads: header, steps, panels of weights (src/chain.hpp, src/sparse.hpp).
 
 Of int8 weights each column of each block has a scale of its own, max |w| / 127.
 """

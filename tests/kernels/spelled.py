@@ -1,4 +1,4 @@
-"""Random products: shuffles, pads, permutations, cuts, block products and sparse ones in any order, for the plan and the kernel to get right."""
+"""Random products: shuffles, pads, permutations, cuts, products of blocks and of sparse weights, for the plan and the kernel to get right."""
 
 from __future__ import annotations
 
