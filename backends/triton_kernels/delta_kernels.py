@@ -43,7 +43,7 @@ def within(
         lower = tl.dot(ks, tl.trans(ks), input_precision="ieee") * betas[:, None] * seen
         lower = tl.where(row > column, lower, 0.0)
         made = tl.where(row == column, 1.0, 0.0)
-        for level in tl.static_range(LEVELS):  # inverses of blocks on the diagonal, each twice as large as the last
+        for level in range(LEVELS):  # inverses of blocks on the diagonal, each twice as large as the last
             joins = (row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level)
             below = tl.dot(tl.where(joins, lower, 0.0), made, input_precision=EXACT)
             made -= tl.dot(made, below, input_precision=EXACT)
