@@ -108,8 +108,9 @@ def _launch(step: Product, x: Tensor, y: Tensor, tiles: Tiles) -> None:
     grid = (-(-len(x) // tiles.rows) * -(-p // tiles.columns), k, tiles.split)
     module.product[grid](
         x, step.weight, scale, bias, y, parts, len(x), x.stride(0), y.stride(0), step.at, step.first, step.block, step.run, step.jump,
-        step.step, q, p, step.valid, step.width, ONE_RUN=step.run >= q, ACTIVATION=activation, BLOCK_T=tiles.rows, BLOCK_Q=tiles.reduced,
-        BLOCK_P=tiles.columns, GROUP=GROUP, SPLIT=tiles.split, num_warps=tiles.warps, num_stages=tiles.stages,
+        step.step, q, p, step.valid, step.width, ONE_RUN=step.run >= q, ACTIVATION=activation, INTERPRETED=interpreted(),
+        BLOCK_T=tiles.rows, BLOCK_Q=tiles.reduced, BLOCK_P=tiles.columns, GROUP=GROUP, SPLIT=tiles.split,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if parts is not None:
         module.collected[(len(x), -(-step.width // BLOCK))](

@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def product(
     x, w, scale, bias, y, partial, rows, x_row, y_row, at, first, block, run, jump, step, q, p, valid, width,
-    ONE_RUN: tl.constexpr, ACTIVATION: tl.constexpr,
+    ONE_RUN: tl.constexpr, ACTIVATION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of rows and columns, blocks, splits. partial: (SPLIT, rows, blocks*p) float32, where SPLIT > 1."""
@@ -32,7 +32,10 @@ def product(
         there = (i < q) & (b * q + i < valid)
         values = tl.load(source + place[None, :], mask=(t < rows)[:, None] & there[None, :], other=0.0)
         factor = tl.load(weight + i[:, None] * p, mask=(i < q)[:, None] & (j < p)[None, :], other=0.0)
-        total = tl.dot(values, factor.to(values.dtype), total, input_precision="ieee")
+        if INTERPRETED:  # which multiplies bfloat16 as if it were integers
+            total = tl.dot(values.to(tl.float32), factor.to(tl.float32), total)
+        else:
+            total = tl.dot(values, factor.to(values.dtype), total, input_precision="ieee")
     column = b * p + j
     wanted = (j < p) & (column < width)
     kept = (t < rows)[:, None] & wanted[None, :]

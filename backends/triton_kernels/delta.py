@@ -84,6 +84,7 @@ def _launch(of: Sizes, inputs: Sequence[Tensor], out: Tensor, after: Tensor) -> 
     attention = q.new_empty(batch, of.heads, group, *square, dtype=torch.float32)
     inverse = q.new_empty(batch, of.heads, *square, dtype=torch.float32) if of.delta else None
     flags = {"DECAY": g is not None, "DELTA": beta is not None, "GROUP": group, "CHUNK": size, "BLOCK_K": width}
+    flags["ROUGH"] = "tf32" if half else "ieee"
     heads = (of.heads, of.queries, of.keys, of.key)
     if chunks:
         module.within[(chunks * batch * of.heads,)](
@@ -92,5 +93,5 @@ def _launch(of: Sizes, inputs: Sequence[Tensor], out: Tensor, after: Tensor) -> 
         )  # fmt: skip
     module.across[(batch * of.heads, -(-of.width // COLUMNS))](
         q, k, v, g, attention, inverse, before, out, after, time, chunks, *heads, of.width, of.factors, *stride, of.scale, **flags,
-        BLOCK_V=COLUMNS, ROUGH="tf32" if half else "ieee", num_warps=4, num_stages=1,
+        BLOCK_V=COLUMNS, num_warps=4, num_stages=1,
     )  # fmt: skip

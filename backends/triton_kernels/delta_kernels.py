@@ -20,7 +20,7 @@ RESET = tl.constexpr(-1e4)  # a logarithm whose exponential is 0; an infinite on
 def within(
     q, k, g, beta, attention, inverse, time, chunks, heads, queries, keys, key, factors, g_batch, g_time, scale,
     DECAY: tl.constexpr, DELTA: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr,
-    EXACT: tl.constexpr,
+    ROUGH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch*heads*chunks. attention: (batch, heads, GROUP, chunks, C, C), inverse: (batch, heads, chunks, C, C), C = 2^LEVELS."""
     chunk, task = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
@@ -29,10 +29,7 @@ def within(
     s = chunk * CHUNK + i
     square = i[:, None] * CHUNK + i[None, :]
     row, column = i[:, None], i[None, :]
-    ks = tl.load(
-        k + ((batch * length + s)[:, None] * keys + head * keys // heads) * key + d[None, :],
-        mask=(s < length)[:, None] & (d < key)[None, :], other=0.0,
-    )  # fmt: skip
+    ks = written(k, batch * length + s, s < length, keys, head * keys // heads, key, d)
     seen = tl.where(row >= column, 1.0, 0.0)
     if DECAY:  # sums from j on, by a product with a triangle of ones: after a reset, differences of sums from the begin are rounding alone
         gate = gates(g + batch * g_batch + head, s, length, factors, g_time)
@@ -40,7 +37,7 @@ def within(
         seen = tl.where(row >= column, tl.exp(sums), 0.0)
     if DELTA:
         betas = tl.load(beta + (batch * length + s) * heads + head, mask=s < length, other=0.0).to(tl.float32)
-        lower = tl.dot(ks, tl.trans(ks), input_precision="ieee") * betas[:, None] * seen
+        lower = tl.dot(ks, tl.trans(ks), input_precision=ROUGH) * betas[:, None] * seen
         lower = tl.where(row > column, lower, 0.0)
         made = tl.where(row == column, 1.0, 0.0)
         for level in range(LEVELS):  # inverses of blocks on the diagonal, each twice as large as the last
@@ -51,7 +48,7 @@ def within(
     for n in tl.static_range(GROUP):
         number = head * queries // heads + n
         qs = asked(q, batch, s, time, queries, number, key, factors, d)
-        rows = tl.dot(qs, tl.trans(ks), input_precision="ieee") * seen * scale
+        rows = tl.dot(qs, tl.trans(ks), input_precision=ROUGH) * seen * scale
         target = attention + ((task * GROUP + n) * chunks + chunk) * CHUNK * CHUNK + square
         tl.store(target, tl.where(row >= column, rows, 0.0))
 
@@ -76,9 +73,8 @@ def across(
         s = chunk * CHUNK + i
         step = batch * length + s
         there, wide = s < length, (c < width)[None, :]
-        ks = tl.load(k + (step[:, None] * keys + head * keys // heads) * key + d[None, :], mask=there[:, None] & (d < key)[None, :], other=0.0)
-        ks = ks.to(tl.float32)
-        write = tl.load(v + (step[:, None] * heads + head) * width + c[None, :], mask=there[:, None] & wide, other=0.0).to(tl.float32)
+        ks = written(k, step, there, keys, head * keys // heads, key, d)
+        write = written(v, step, there, heads, head, width, c)
         since = tl.full((CHUNK,), 1.0, tl.float32)
         if DECAY:
             rates = g + batch * g_batch + head
@@ -91,7 +87,7 @@ def across(
             write -= tl.dot(ks, state, input_precision=ROUGH) * since[:, None]
             write = tl.dot(tl.load(inverse + (task * chunks + chunk) * CHUNK * CHUNK + square), write, input_precision=ROUGH)
         for n in tl.static_range(GROUP):
-            qs = asked(q, batch, s, time, queries, head * queries // heads + n, key, factors, d).to(tl.float32)
+            qs = asked(q, batch, s, time, queries, head * queries // heads + n, key, factors, d)
             found = tl.dot(qs, state, input_precision=ROUGH) * (since * scale)[:, None]
             rows = tl.load(attention + ((task * GROUP + n) * chunks + chunk) * CHUNK * CHUNK + square)
             found += tl.dot(rows, write, input_precision=ROUGH)
@@ -113,10 +109,14 @@ def gates(g, s, length, factors, g_time):
 
 @triton.jit
 def asked(q, batch, s, time, queries, number, key, factors, d):
-    """(C, BLOCK_K): a query at each token's last sub-step, zeros at the others."""
-    reads = (s < time * factors) & (s % factors == factors - 1)
-    place = ((batch * time + s // factors)[:, None] * queries + number) * key + d[None, :]
-    return tl.load(q + place, mask=reads[:, None] & (d < key)[None, :], other=0.0)
+    """(C, columns): a query at each token's last sub-step, zeros at the others."""
+    return written(q, batch * time + s // factors, (s < time * factors) & (s % factors == factors - 1), queries, number, key, d)
+
+
+@triton.jit
+def written(x, step, there, heads, head, width, d):
+    """(C, columns) float32: columns d of one head's rows of x (steps, heads, width), zeros where there are none."""
+    return tl.load(x + (step[:, None] * heads + head) * width + d[None, :], mask=there[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
