@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product(
     x, w, scale, bias, y, partial, rows, x_row, y_row, at, first, block, run, jump, step, q, p, valid, width,
     ONE_RUN: tl.constexpr, ACTIVATION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -47,7 +47,7 @@ def product(
         tl.store(y + t.to(tl.int64)[:, None] * y_row + at + column[None, :], made.to(y.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def collected(
     partial, scale, bias, y, rows, columns, y_row, at, width, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

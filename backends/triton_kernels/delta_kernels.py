@@ -16,7 +16,7 @@ import triton.language as tl
 RESET = tl.constexpr(-1e4)  # a logarithm whose exponential is 0; an infinite one would make 0 times infinity of sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "chunks", "g_batch"])
 def within(
     q, k, g, beta, attention, inverse, time, chunks, heads, queries, keys, key, factors, g_batch, g_time, scale,
     DECAY: tl.constexpr, DELTA: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,7 +53,7 @@ def within(
         tl.store(target, tl.where(row >= column, rows, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "chunks", "g_batch"])
 def across(
     q, k, v, g, attention, inverse, before, out, after, time, chunks, heads, queries, keys, key, width, factors, g_batch, g_time, scale,
     DECAY: tl.constexpr, DELTA: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,

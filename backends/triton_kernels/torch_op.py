@@ -90,10 +90,11 @@ def with_kernels(graph: FxGraph, device: str) -> nn.Module:
 def move(module: GraphModule, device: torch.device) -> None:
     """Its tensors and the tensors that it makes; those of the program that it came from stay where they are."""
     for inner in module.modules():
-        for name, parameter in inner.named_parameters(recurse=False):
-            setattr(inner, name, nn.Parameter(parameter.detach().to(device), requires_grad=False))
-        for name, buffer in inner.named_buffers(recurse=False):
-            setattr(inner, name, buffer.to(device))
+        for name, parameter in inner._parameters.items():  # all of them: the named ones are without what is there twice
+            if parameter is not None:
+                inner._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+        for name, buffer in inner._buffers.items():
+            inner._buffers[name] = None if buffer is None else buffer.to(device)
         if isinstance(inner, GraphModule):
             for node in inner.graph.nodes:
                 node.kwargs = {key: device if isinstance(value, torch.device) else value for key, value in node.kwargs.items()}

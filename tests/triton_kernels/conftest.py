@@ -24,6 +24,7 @@ KERNELS = ("chain_kernels", "delta_kernels")
 @functools.cache
 def imported(interpret: bool) -> dict[str, ModuleType]:
     """Both modules of kernels, for the interpreter or as they are compiled; what was imported before comes back."""
+    importlib.import_module("triton")  # itself never as the interpreter has it
     names = {name: f"{triton_kernels.__name__}.{name}" for name in KERNELS}
     with pytest.MonkeyPatch.context() as patch:
         if interpret:
