@@ -70,8 +70,9 @@ class Result:
         return importlib.import_module("rewriter.backends.onnx.emit").finish(graph.model, self.opset)  # type: ignore[attr-defined]
 
     def with_kernels(self, device: str = "cpu") -> Any:
-        """The rewritten torch model as an nn.Module for inference on this machine, its structured layers in kernels: compiled for the CPU, or
-        in Triton on a device such as "cuda", where the module then is.
+        """The rewritten torch model as an nn.Module for inference on this machine, its structured layers in kernels.
+
+        They are compiled for this CPU; with another device, such as "cuda", they are in Triton, and the module is moved there.
 
         RewriteError where nothing was rewritten, where no kernels can be had, and for an ONNX model, whose emitted file
         rewriter.inference_session opens.

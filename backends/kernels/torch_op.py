@@ -19,7 +19,7 @@ from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.target import as_module
 from rewriter.backends.fx.trace import decomposed
 from rewriter.backends.kernels.covering import covers
-from rewriter.backends.kernels.library import Kernels, kernels
+from rewriter.backends.kernels.library import kernels
 from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import Ending, NotCovered, Plan, plan
 from rewriter.backends.kernels.recurrences import Sizes, sizes_of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rewriter.backends.kernels.naive import finished
 from rewriter.backends.kernels.plan import SCRATCH, Copy, Ending, Finish, NotCovered, Plan, Product, X, Y
-from rewriter.backends.triton_kernels.device import chosen, interpreted, kernels
+from rewriter.backends.triton_kernels.device import OPTIONS, chosen, interpreted, kernels
 from rewriter.backends.triton_kernels.tuning import INTERPRETED, Tiles, about, choices, fastest
 from rewriter.errors import RewriteError
 
@@ -88,7 +88,7 @@ def run(plan: Plan, x: Tensor, out: Tensor | None = None) -> Tensor:
 def _copy(step: Copy, areas: dict[int, Tensor]) -> None:
     x, y, count = areas[step.source], areas[step.target], len(step.pairs)
     grid = (len(x), -(-count // BLOCK))
-    kernels("chain_kernels").copied[grid](x, y, step.pairs, count, x.stride(0), y.stride(0), BLOCK=BLOCK)
+    kernels("chain_kernels").copied[grid](x, y, step.pairs, count, x.stride(0), y.stride(0), BLOCK=BLOCK, **OPTIONS)
 
 
 def _product(step: Product, areas: dict[int, Tensor], given: Tiles | None = None) -> None:
@@ -110,9 +110,10 @@ def _launch(step: Product, x: Tensor, y: Tensor, tiles: Tiles) -> None:
         x, step.weight, scale, bias, y, parts, len(x), x.stride(0), y.stride(0), step.at, step.first, step.block, step.run, step.jump,
         step.step, q, p, step.valid, step.width, ONE_RUN=step.run >= q, ACTIVATION=activation, INTERPRETED=interpreted(),
         BLOCK_T=tiles.rows, BLOCK_Q=tiles.reduced, BLOCK_P=tiles.columns, GROUP=GROUP, SPLIT=tiles.split,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
     if parts is not None:
         module.collected[(len(x), -(-step.width // BLOCK))](
-            parts, scale, bias, y, len(x), k * p, y.stride(0), step.at, step.width, ACTIVATION=activation, SPLIT=tiles.split, BLOCK=BLOCK
-        )
+            parts, scale, bias, y, len(x), k * p, y.stride(0), step.at, step.width,
+            ACTIVATION=activation, SPLIT=tiles.split, BLOCK=BLOCK, **OPTIONS,
+        )  # fmt: skip

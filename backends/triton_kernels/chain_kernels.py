@@ -17,7 +17,7 @@ def product(
 ):  # fmt: skip
     """Grid: tiles of rows and columns, blocks, splits. partial: (SPLIT, rows, blocks*p) float32, where SPLIT > 1."""
     tiles_t, tiles_p = (rows + BLOCK_T - 1) // BLOCK_T, (p + BLOCK_P - 1) // BLOCK_P
-    inside = tl.program_id(0) % (GROUP * tiles_p)  # of GROUP tiles of rows, column by column: neighbours find each other's tiles in the cache
+    inside = tl.program_id(0) % (GROUP * tiles_p)  # GROUP tiles of rows, column by column: neighbours share tiles in the cache
     top = tl.program_id(0) // (GROUP * tiles_p) * GROUP
     height = tl.minimum(tiles_t - top, GROUP)
     b, part = tl.program_id(1), tl.program_id(2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewriter.backends.kernels.plan import NotCovered
 from rewriter.backends.kernels.recurrences import DECAYS, Sizes, sizes_of
-from rewriter.backends.triton_kernels.device import chosen, interpreted, kernels
+from rewriter.backends.triton_kernels.device import OPTIONS, chosen, interpreted, kernels
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractOperator
 
@@ -17,6 +18,7 @@ LARGEST_KEY = 256  # of a state that stays on chip, a tile of its columns at a t
 LEAST, MOST = 16, 64  # sub-steps of a chunk; the least that tensor cores multiply
 WIDE = 128  # a key beyond it, as numbers of 32 bits, leaves room for half the sub-steps
 COLUMNS = 32  # of a tile of the state
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def covered(operator: AbstractOperator) -> Sizes:
@@ -59,16 +61,13 @@ def run(of: Sizes, inputs: Sequence[Tensor]) -> list[Tensor]:
     wanted, found = shapes(of, batch, time), [tuple(x.shape) for x in inputs]
     if found != wanted or len({(x.dtype, x.device) for x in inputs}) != 1 or inputs[0].dtype not in (torch.float32, *HALVES):
         dtypes = sorted({f"{x.dtype} on {x.device}" for x in inputs})
-        raise RewriteError(f"the kernel takes inputs {wanted} of one dtype of at most 32 bits on one device, not {found}, {', '.join(dtypes)}")
+        raise RewriteError(f"the kernel takes inputs {wanted} of one dtype up to 32 bits on one device, not {found}, {', '.join(dtypes)}")
     out = inputs[0].new_empty(batch, time, of.heads * max(1, of.queries // of.heads) * of.width)
     after = inputs[0].new_empty(batch, of.heads, of.key, of.width)
     if batch:
         with chosen(inputs[0]):
             _launch(of, [x.contiguous() for x in inputs], out, after)
     return [out, after]
-
-
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def _launch(of: Sizes, inputs: Sequence[Tensor], out: Tensor, after: Tensor) -> None:
@@ -83,15 +82,15 @@ def _launch(of: Sizes, inputs: Sequence[Tensor], out: Tensor, after: Tensor) -> 
     square = (chunks, size, size)
     attention = q.new_empty(batch, of.heads, group, *square, dtype=torch.float32)
     inverse = q.new_empty(batch, of.heads, *square, dtype=torch.float32) if of.delta else None
-    flags = {"DECAY": g is not None, "DELTA": beta is not None, "GROUP": group, "CHUNK": size, "BLOCK_K": width}
+    flags: dict[str, Any] = {"DECAY": g is not None, "DELTA": beta is not None, "GROUP": group, "CHUNK": size, "BLOCK_K": width}
     flags["ROUGH"] = "tf32" if half else "ieee"
     heads = (of.heads, of.queries, of.keys, of.key)
     if chunks:
         module.within[(chunks * batch * of.heads,)](
             q, k, g, beta, attention, inverse, time, chunks, *heads, of.factors, *stride, of.scale, **flags,
-            LEVELS=size.bit_length() - 1, EXACT="tf32x3" if half else "ieee", num_warps=4,
+            LEVELS=size.bit_length() - 1, EXACT="tf32x3" if half else "ieee", num_warps=4, **OPTIONS,
         )  # fmt: skip
     module.across[(batch * of.heads, -(-of.width // COLUMNS))](
         q, k, v, g, attention, inverse, before, out, after, time, chunks, *heads, of.width, of.factors, *stride, of.scale, **flags,
-        BLOCK_V=COLUMNS, num_warps=4, num_stages=1,
+        BLOCK_V=COLUMNS, num_warps=4, num_stages=1, **OPTIONS,
     )  # fmt: skip

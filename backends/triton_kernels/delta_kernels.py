@@ -1,8 +1,9 @@
 """The delta rule with n factors a token, S <- e^{g_t} S, then n times S <- S + beta k (v - S^T k)^T, in chunks; o_t = scale S^T q_t.
 
-A sub-step is one factor: sub-step s is of token s // n, is gated where s % n = 0 and read where s % n = n - 1, which makes DeltaProduct (Siems
-et al., arXiv:2502.10297) a delta rule over sub-steps. Within a chunk of C of them, G the running sum of gates, the WY form (Yang et al.,
-arXiv:2406.06484): D_ij = e^{G_i - G_j}, i >= j, T = (I + strict_lower(beta K K^T o D))^-1 beta, A = scale (Q K^T) o D; the state S before it gives
+A sub-step is one factor: sub-step s is of token s // n, is gated where s % n = 0 and read where s % n = n - 1, which makes DeltaProduct
+(Siems et al., arXiv:2502.10297) a delta rule over sub-steps. Within a chunk of C of them, G the running sum of gates, the WY form (Yang
+et al., arXiv:2406.06484): D_ij = e^{G_i - G_j}, i >= j, T = (I + strict_lower(beta K K^T o D))^-1 beta, A = scale (Q K^T) o D, and with the
+state S before it
 
     U = T (V - e^G K S),    o = scale e^G Q S + A U,    S' = e^{G_C} S + K^T (e^{G_C - G} U).
 
@@ -116,7 +117,8 @@ def asked(q, batch, s, time, queries, number, key, factors, d):
 @triton.jit
 def written(x, step, there, heads, head, width, d):
     """(C, columns) float32: columns d of one head's rows of x (steps, heads, width), zeros where there are none."""
-    return tl.load(x + (step[:, None] * heads + head) * width + d[None, :], mask=there[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+    place = (step[:, None] * heads + head) * width + d[None, :]
+    return tl.load(x + place, mask=there[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewriter.errors import RewriteError
 
+OPTIONS = {"enable_fp_fusion": True}  # of every launch: a b + c rounded once, whatever a release of Triton does unasked
 INSTALL = "install rewriter[gpu], or triton beside the torch that is there"
 
 

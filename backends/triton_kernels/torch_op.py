@@ -72,7 +72,7 @@ def _map(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: s
 
 
 def with_kernels(graph: FxGraph, device: str) -> nn.Module:
-    """The program as a module on that device, called as ever; RewriteError where no kernel can run there. Other layers run in plain aten."""
+    """The program as a module on that device, called as ever; RewriteError where no kernel runs there. Other layers run in plain aten."""
     place = ready(device)
 
     def flat(steps: Plan, dtype: torch.dtype, store: Store) -> tuple[Any, tuple[Any, ...]]:

@@ -78,7 +78,7 @@ def _seconds(call: Callable[[], None]) -> float:
         call()
     except OutOfResources:
         return float("inf")
-    samples = []
+    samples: list[float] = []
     for _ in range(ROUNDS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

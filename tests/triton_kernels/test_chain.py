@@ -11,7 +11,7 @@ from torch import Tensor
 from rewriter.algebra import BlockDiagonal
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.kernels import naive
-from rewriter.backends.kernels.plan import ACTIVATIONS, Copy, Ending, Finish, NotCovered, Plan, Product, plan
+from rewriter.backends.kernels.plan import ACTIVATIONS, Copy, Ending, Finish, NotCovered, Plan, Product, Step, plan
 from rewriter.backends.triton_kernels import chain, tuning
 from rewriter.backends.triton_kernels.tuning import Tiles
 from rewriter.errors import RewriteError
@@ -101,8 +101,13 @@ def _inside(operator: AbstractMatrix, x: Tensor) -> Tensor:
 
 def exact(steps: Plan) -> Plan:
     """The same with weights of integers multiplied out."""
-    made = [dataclasses.replace(s, weight=s.weight * s.scale[:, None], scale=None) if isinstance(s, Product) and s.scale is not None else s for s in steps.steps]
-    return dataclasses.replace(steps, steps=tuple(made))
+
+    def multiplied(step: Step) -> Step:
+        if not isinstance(step, Product) or step.scale is None:
+            return step
+        return dataclasses.replace(step, weight=step.weight * step.scale[:, None], scale=None)
+
+    return dataclasses.replace(steps, steps=tuple(map(multiplied, steps.steps)))
 
 
 @pytest.mark.parametrize("seed", range(6))

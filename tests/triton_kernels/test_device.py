@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -33,7 +32,7 @@ MOST_SHARED = 160 << 10  # bytes that an A100 gives one program; an H100 gives m
 @pytest.fixture(params=CHIPS)
 def launched(
     request: pytest.FixtureRequest, compiled: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[list[tuple[str, int]]]:
+) -> list[tuple[str, int]]:
     """Launches are compiled to machine code for a chip that is not there, and go no further: the kernel and its bytes of memory on chip."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -56,7 +55,7 @@ def launched(
     monkeypatch.setattr(device, "interpreted", lambda: True)  # a CPU tensor's address is as good as any: nothing reads it
     for module in (chain, delta):
         monkeypatch.setattr(module, "interpreted", lambda: False)
-    yield made
+    return made
 
 
 def test_every_tile_compiles(launched: list[tuple[str, int]]) -> None:
@@ -95,14 +94,14 @@ def test_devices_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch
     assert device.ready("cpu") == torch.device("cpu")
     monkeypatch.setattr(device, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for given, said in (
+    for name, said in (
         ("gpu", "device 'gpu' is unknown; give cpu, cuda or cuda:N"),
         ("cpu", "device 'cpu' has no kernels"),
         ("meta", "device 'meta' has no kernels"),
         ("cuda", r"device 'cuda': torch .* sees no CUDA device; give cpu, or install a torch built for CUDA"),
     ):
         with pytest.raises(RewriteError, match=said):
-            device.ready(given)
+            device.ready(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device.ready("cuda:1") == torch.device("cuda:1")
@@ -127,7 +126,9 @@ def test_inputs_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
-@pytest.mark.parametrize(("there", "spec", "said"), [(False, True, "none that torch sees"), (True, True, "H"), (True, False, "H, without triton")])
+@pytest.mark.parametrize(
+    ("there", "spec", "said"), [(False, True, "none that torch sees"), (True, True, "H"), (True, False, "H, without triton")]
+)
 def test_status_says_which_gpu(there: bool, spec: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H")

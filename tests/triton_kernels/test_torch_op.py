@@ -69,7 +69,8 @@ def test_eight_bits_and_what_has_no_kernel() -> None:
 
 
 def test_doubles_stay_in_plain_aten() -> None:
-    found = rewriter.plan(Small().double().eval(), "monarch:blocks=4:rank=2", ["x:float64[batch,time,32]"], timing=False, objective="params")
+    specs = ["x:float64[batch,time,32]"]
+    found = rewriter.plan(Small().double().eval(), "monarch:blocks=4:rank=2", specs, timing=False, objective="params")
     module, x = torch_op.with_kernels(found.graph, "cpu"), torch.randn(2, 3, 32).double()  # type: ignore[arg-type]
     close(module(x), found.module(x).detach())
     assert torch_op.CHAIN not in targets(module)
