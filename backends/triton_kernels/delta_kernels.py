@@ -7,9 +7,10 @@ state S before it
 
     U = T (V - e^G K S),    o = scale e^G Q S + A U,    S' = e^{G_C} S + K^T (e^{G_C - G} U).
 
-States and sums are float32. What a state is multiplied by is of type OPERAND, the inputs' own, and the state rounded to it as it is read; T is
-made, and applied, in products of 32 bits. `within` makes T and A, which need no state, of all chunks at once. `across` then goes from chunk to chunk, S on chip; its programs share
-nothing, a batch element, a head and a tile of v's width each. With T = I, U = V: linear attention and retention.
+States and sums are float32. What a state is multiplied by is of type OPERAND, the inputs' own, and the state is rounded to it as it is
+read; T is made and applied in products of 32 bits. `within` makes T and A, which need no state, of all chunks at once. `across` then goes
+from chunk to chunk, S on chip; its programs share nothing, a batch element, a head and a tile of v's width each. With T = I, U = V: linear
+attention and retention.
 """
 
 import triton
@@ -39,8 +40,7 @@ def within(
         seen = tl.where(row >= column, tl.exp(sums), 0.0)
     if DELTA:
         betas = tl.load(beta + (batch * length + s) * heads + head, mask=s < length, other=0.0).to(tl.float32)
-        lower = tl.dot(ks, tl.trans(ks), input_precision="ieee") * betas[:, None] * seen
-        lower = tl.where(row > column, lower, 0.0)
+        lower = tl.dot(ks, tl.trans(ks), input_precision="ieee") * betas[:, None] * seen  # what is on the diagonal joins nothing
         made = tl.where(row == column, 1.0, 0.0)
         for level in range(LEVELS):  # inverses of blocks on the diagonal, each twice as large as the last
             joins = (row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level)

@@ -121,14 +121,31 @@ def test_weights_of_eight_bits(seed: int) -> None:
     close(ran(steps, x), naive.run(exact(steps), x))
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A product without its last column."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        k, q, p = self.weight.shape
+        return k * p - 1, k * q
+
+    def product(self, ops: object, x: Tensor) -> Tensor:
+        made: Tensor = ops.split(ops.block_matmul(x, self.weight), [self.shape[0], 1])[0]  # type: ignore[attr-defined]
+        return made
+
+
 @pytest.mark.parametrize("tiles", [Tiles(16, 16, 16, split=3), Tiles(16, 32, 64, split=2), Tiles(32, 64, 16)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 40, 19), (3, 67, 33)], ids=str)
 def test_every_way_to_cut(tiles: Tiles, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few tiles and many, sums split among programs, some of which have nothing to add."""
+    """Few tiles and many, sums split among programs, some of which have nothing to add; the last column is not wanted."""
     monkeypatch.setattr(chain, "INTERPRETED", (tiles,))
     k, q, p = shape
     rng = torch.Generator().manual_seed(q)
-    steps = plan(BlockDiagonal(torch.randn(k, q, p, generator=rng) / q**0.5), Ending(torch.randn(k * p, generator=rng), "silu"))
+    cut = Cut(torch.randn(k, q, p + 1, generator=rng) / q**0.5)
+    steps = plan(cut, Ending(torch.randn(cut.shape[0], generator=rng), "silu"))  # type: ignore[arg-type]
     for rows in (1, 37):
         x = torch.randn(rows, k * q, generator=rng)
         close(ran(steps, x), naive.run(steps, x))
@@ -176,11 +193,19 @@ class Twice:
 
 def test_rows_far_apart_and_leading_axes() -> None:
     steps = plan(LowRank(torch.randn(40, 20), torch.randn(20, 33)))
-    wide, turned = torch.randn(2, 3, 50)[..., 4:44], torch.randn(3, 40, 5).transpose(1, 2)
-    for x in (wide, turned, torch.randn(40), torch.randn(0, 40), torch.randn(2, 0, 40)):
+    wide, turned, columns = torch.randn(2, 3, 50)[..., 4:44], torch.randn(3, 40, 5).transpose(1, 2), torch.randn(40, 5).T
+    for x in (wide, turned, columns, torch.randn(40), torch.randn(0, 40), torch.randn(2, 0, 40)):
         y = chain.run(steps, x)
         assert y.shape == (*x.shape[:-1], 33)
         close(y, naive.run(steps, x.reshape(-1, 40)).reshape(y.shape))
+
+
+def test_weights_that_lie_otherwise() -> None:
+    operator = LowRank(torch.randn(20, 40).T, torch.randn(33, 20).T)
+    x = torch.randn(3, 40)
+    close(ran(plan(operator), x), x @ operator.dense().T)
+    tensors, spec = chain.flatten(plan(operator))
+    close(chain.run(chain.unflatten(tensors, spec), x), x @ operator.dense().T)
 
 
 def test_nan_stays_in_its_row() -> None:

@@ -80,6 +80,8 @@ def test_copies_and_integers_compile(launched: list[tuple[str, int]], monkeypatc
     chain.run(plan(operator, Ending(None, "gelu-tanh")), torch.zeros(3, 64, dtype=torch.float16))
     chain.run(plan(spelled(4)), torch.zeros(3, spelled(4).shape[1]))
     assert {name for name, _ in launched} == {"product", "copied"}
+    launched.clear()
+    assert chain.run(plan(operator), torch.zeros(0, 64)).shape == (0, 64) and not launched
 
 
 def test_recurrences_compile(launched: list[tuple[str, int]]) -> None:
