@@ -27,9 +27,9 @@ load_structures()
 FENCE = 64  # numbers around a tensor that nobody may write, and that spoil what reads them
 
 
-def fenced(x: Tensor) -> Tensor:
+def fenced(x: Tensor, fence: float = torch.nan) -> Tensor:
     """The same numbers between fences: NaN, or the largest where there is none."""
-    room = torch.full((x.numel() + 2 * FENCE,), torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max, dtype=x.dtype)
+    room = torch.full((x.numel() + 2 * FENCE,), fence if x.is_floating_point() else torch.iinfo(x.dtype).max, dtype=x.dtype)
     inside = room[FENCE : FENCE + x.numel()].view(x.shape)
     return inside.copy_(x)
 
@@ -46,10 +46,10 @@ def poisoned(steps: Plan) -> Plan:
 
 
 def ran(steps: Plan, x: Tensor) -> Tensor:
-    """Everything fenced, outputs NaN before."""
-    out = fenced(torch.full((len(x), steps.outputs), torch.nan, dtype=x.dtype))
+    """Everything fenced, outputs NaN before and in fences of a number, so that a NaN behind their end shows."""
+    out = fenced(torch.full((len(x), steps.outputs), torch.nan, dtype=x.dtype), 7.0)
     y = chain.run(poisoned(steps), fenced(x), out)
-    assert y.data_ptr() == out.data_ptr() and all(fence.isnan().all() for fence in fences(out))
+    assert y.data_ptr() == out.data_ptr() and all((fence == 7).all() for fence in fences(out))
     return y
 
 

@@ -91,6 +91,11 @@ def test_recurrences_compile(launched: list[tuple[str, int]]) -> None:
     delta.run(delta.covered(plain), inputs(plain, 1, 1, 0))
     assert [name for name, _ in launched] == ["within", "across"] * 2
     assert max(shared for _, shared in launched) <= MOST_SHARED
+    launched.clear()
+    for batch, names in ((1, ["across"]), (0, [])):
+        delta.run(delta.covered(plain), inputs(plain, batch, 0, 0))
+        assert [name for name, _ in launched] == names
+        launched.clear()
 
 
 def test_devices_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,14 @@ def test_tensors_that_a_program_makes_move_along() -> None:
 BY_KEY = ("per key",)  # whose decays have no kernel
 
 
+def test_a_device_that_stands_by_its_place_moves_too() -> None:
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.to.device, (graph.placeholder("x"), torch.device("cpu"), torch.float32)))
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    torch_op.move(module, torch.device("meta"))
+    assert module(torch.zeros(2)).device.type == "meta"
+
+
 @pytest.mark.parametrize("name", ["product", *BY_KEY])
 def test_recurrences_of_whole_models(name: str) -> None:
     case = CASES[name]
