@@ -133,6 +133,13 @@ def test_one_sequence_for_the_whole_batch() -> None:
         close(one, expected)
 
 
+def test_recurrences_of_mixed_or_wide_numbers_stay_in_plain_aten() -> None:
+    operator = LinearAttention(2, 5, 3, 2, 2)
+    xs = [x.double() for x in inputs(operator, 2, 4, 0)]
+    for one, expected in zip(torch_op._map(xs, [], flatten(operator)[1], ""), wanted(operator, xs), strict=True):
+        close(one.float(), expected)
+
+
 def test_compiled_by_torch_as_it_stands(result: Result) -> None:
     """The operators are opaque to torch.compile, whole graphs stay whole."""
     module = torch_op.with_kernels(result.graph, "cpu")  # type: ignore[arg-type]
