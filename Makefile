@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint slow bench quality clean
+.PHONY: demo test lint slow bench gpu quality clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,11 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
-	for b in $(filter-out tools/bench_quality.py, $(wildcard tools/bench_*.py)); do $(BIN)/python $$b || exit 1; done
+	for b in $(filter-out tools/bench_quality.py tools/bench_gpu.py, $(wildcard tools/bench_*.py)); do $(BIN)/python $$b || exit 1; done
+
+gpu: $(STAMP)  # where there is a CUDA device, with a torch built for it
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tools/bench_gpu.py
 
 quality: $(STAMP)  # eleven hours
 	$(BIN)/python tools/bench_quality.py

@@ -69,8 +69,10 @@ class Result:
         graph.prune()
         return importlib.import_module("rewriter.backends.onnx.emit").finish(graph.model, self.opset)  # type: ignore[attr-defined]
 
-    def with_kernels(self) -> Any:
-        """The rewritten torch model as an nn.Module for inference on this machine, its structured layers in compiled kernels.
+    def with_kernels(self, device: str = "cpu") -> Any:
+        """The rewritten torch model as an nn.Module for inference on this machine, its structured layers in kernels.
+
+        They are compiled for this CPU; with another device, such as "cuda", they are in Triton, and the module is moved there.
 
         RewriteError where nothing was rewritten, where no kernels can be had, and for an ONNX model, whose emitted file
         rewriter.inference_session opens.
@@ -78,7 +80,9 @@ class Result:
         if self.graph is None or self.graph.format != "torch":
             said = self.message if self.graph is None else "this is an ONNX model; save it and open it with rewriter.inference_session"
             raise RewriteError(f"there is no torch model to run with kernels: {said}")
-        return importlib.import_module("rewriter.backends.kernels.torch_op").with_kernels(self.graph)
+        if device == "cpu":
+            return importlib.import_module("rewriter.backends.kernels.torch_op").with_kernels(self.graph)
+        return importlib.import_module("rewriter.backends.triton_kernels.torch_op").with_kernels(self.graph, device)
 
     def save(self, path: str | Path, force: bool = False) -> Path:
         """Put the emitted, verified model at `path`; RewriteError where nothing was emitted or the file exists."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rewriter.backends.kernels.library import build, described
 from rewriter.backends.kernels.session import coverage, trusted
+from rewriter.backends.triton_kernels import device
 from rewriter.table import clean, columns
 
 WIDTH = 120
@@ -20,6 +21,7 @@ def said(action: str, model: str | None) -> str:
         f"compiler  {found.compiler}",
         f"for       {machine}, threads {'by OpenMP' if '-fopenmp' in found.flags else 'only under ONNX Runtime'}",
         f"library   {found.path}",
+        f"GPU       {device.said()}",
     ]
     if not found.ready and model is None:
         return "\n".join([*lines, "built     no; `rewrite kernels build` does it, as does the first session that needs them"])

@@ -7,7 +7,7 @@ The weights are packed for this CPU, so such a module is made where it runs; it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.target import as_module
 from rewriter.backends.fx.trace import decomposed
 from rewriter.backends.kernels.covering import covers
-from rewriter.backends.kernels.library import Kernels, kernels
+from rewriter.backends.kernels.library import kernels
 from rewriter.backends.kernels.pack import pack
-from rewriter.backends.kernels.plan import Ending, NotCovered, plan
+from rewriter.backends.kernels.plan import Ending, NotCovered, Plan, plan
 from rewriter.backends.kernels.recurrences import Sizes, sizes_of
 from rewriter.backends.kernels.session import trusted
 from rewriter.operator import AbstractMatrix, skeleton, unflatten
@@ -82,23 +82,47 @@ _ACTIVATIONS: dict[Any, str] = {
 }
 
 
+Store = Callable[[Tensor], Node]  # keeps a tensor in the module
+Chain = Callable[[Plan, torch.dtype, Store], tuple[Any, tuple[Any, ...]]]
+
+
 def with_kernels(graph: FxGraph) -> nn.Module:
     """The program as a module, called as ever; RewriteError where there are no kernels. Uncovered layers run in plain aten."""
     library = trusted()
-    clean = graph.clone()
-    clean.prune()
-    module = as_module(decomposed(clean.program, {MAP: _map}))
-    module.requires_grad_(False)
-    for number, node in enumerate(module.graph.find_nodes(op="call_function", target=SITE)):
-        _cover(module, node, f"packed_{number}", library)
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
-    module.recompile()
+
+    def packed(steps: Plan, dtype: torch.dtype, store: Store) -> tuple[Any, tuple[Any, ...]]:
+        if dtype != torch.float32:
+            raise NotCovered(f"its input is {dtype}; kernels take float32")
+        return CHAIN, (store(pack(steps, library.layout)), steps.outputs)
+
+    module = lowered(graph, _map)
+    cover_sites(module, packed)
     return module
 
 
-def _cover(module: GraphModule, node: Node, name: str, library: Kernels) -> None:
-    x, factors, spec, outputs, _ = node.args
+def lowered(graph: FxGraph, spelled: Callable[..., list[Tensor]]) -> GraphModule:
+    """The program for inference, its maps as `spelled`; matrices are still opaque."""
+    clean = graph.clone()
+    clean.prune()
+    module = as_module(decomposed(clean.program, {MAP: spelled}))
+    module.requires_grad_(False)
+    return module
+
+
+def cover_sites(module: GraphModule, chain: Chain) -> None:
+    """Each matrix with the bias and activation behind it becomes what `chain` makes of its plan: an operator and its arguments after x.
+
+    What that does not take, it raises NotCovered for, and stays.
+    """
+    for number, node in enumerate(module.graph.find_nodes(op="call_function", target=SITE)):
+        _cover(module, node, f"packed_{number}", chain)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+
+
+def _cover(module: GraphModule, node: Node, name: str, chain: Chain) -> None:
+    x, factors, spec, _, _ = node.args
     operator = unflatten(str(spec), [_stored(module, factor) for factor in factors])  # type: ignore[union-attr]
     assert isinstance(operator, AbstractMatrix) and isinstance(x, Node)
     end, bias, activation = node, None, ""
@@ -106,19 +130,21 @@ def _cover(module: GraphModule, node: Node, name: str, library: Kernels) -> None
         bias, end = found
     if (acts := _activation_after(end)) is not None:
         activation, end = acts
+
+    def store(tensor: Tensor) -> Node:
+        kept = f"{name}_{sum(key.startswith(name) for key, _ in module.named_buffers(recurse=False))}"
+        module.register_buffer(kept, tensor)
+        with module.graph.inserting_before(end):
+            return module.graph.get_attr(kept)
+
     try:
-        steps = plan(operator, Ending(bias, activation))
+        target, arguments = chain(plan(operator, Ending(bias, activation)), x.meta["val"].dtype, store)
     except NotCovered:
         return
-    if x.meta["val"].dtype != torch.float32:
-        return
-    module.register_buffer(name, pack(steps, library.layout))
     with module.graph.inserting_after(end):
-        chain = module.graph.call_function(CHAIN, (x, None, outputs))
-        chain.meta = dict(end.meta)
-    with module.graph.inserting_before(chain):
-        chain.args = (x, module.graph.get_attr(name), outputs)
-    end.replace_all_uses_with(chain)
+        made = module.graph.call_function(target, (x, *arguments))
+        made.meta = dict(end.meta)
+    end.replace_all_uses_with(made)
 
 
 def _stored(module: GraphModule, node: object) -> Tensor:

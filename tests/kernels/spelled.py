@@ -1,4 +1,4 @@
-"""Random products: shuffles, pads, permutations, cuts, products of blocks and of sparse weights, for the plan and the kernel to get right."""
+"""Random products: shuffles, pads, permutations, cuts, products of blocks and sparse weights, for plan and kernel to get right."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Spelled:
         return x
 
 
-def spelled(seed: int, widest: int = 90, most_products: int = 3) -> AbstractMatrix:
+def spelled(seed: int, widest: int = 90, most_products: int = 3, sparse: bool = True) -> AbstractMatrix:
     """At least one product; sizes are rarely multiples of anything."""
     draw, rng = random.Random(seed), torch.Generator().manual_seed(seed)
     n = width = draw.randint(1, widest)
     words: list[Callable[[Any, Any], Any]] = []
     products = draw.randint(1, most_products)
     while products:
-        kind = draw.choice(["block", "block", "sparse", "shuffle", "pad", "gather", "cut", "twice"])
+        kind = draw.choice(["block", "block", *(["sparse"] if sparse else []), "shuffle", "pad", "gather", "cut", "twice"])
         if kind in ("block", "sparse"):
             word, width = (_block if kind == "block" else _sparse)(draw, rng, width, widest)
             products -= 1
