@@ -15,7 +15,7 @@ from rewriter.ops import Step
 
 _FREE = {
     "const", "literal", "steady", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "tail", "at_tail", "triangle", "regroup",
-    "split", "concat", "pad", "gather", "shuffle", "where", "scatter", "scaled",
+    "split", "concat", "pad", "gather", "shuffle", "where", "scatter", "nibbles", "scaled",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rewriter.ops import Step
-from rewriter.packing import unpack
+from rewriter.packing import nibbles, unpack
 
 
 class EagerOps:
@@ -42,8 +42,12 @@ class EagerOps:
         spread = values.new_zeros(len(places), m, columns).scatter(1, places, values.view(places.shape))
         return spread.flatten(0, 1)
 
+    def nibbles(self, packed: Tensor) -> Tensor:
+        return nibbles(packed)
+
     def scaled(self, values: Tensor, scales: Tensor) -> Tensor:
-        return values * scales
+        groups = scales.shape[-2]
+        return values * scales if groups == 1 else (values.unflatten(-2, (groups, -1)) * scales.unsqueeze(-2)).flatten(-3, -2)
 
     def shuffle(self, x: Tensor, k: int) -> Tensor:
         rows: Tensor = x.unflatten(-1, (k, -1))

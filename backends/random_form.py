@@ -29,7 +29,7 @@ def random_form(spec: str, seed: int = 0) -> Any:
 
 
 def _indices(operator: AbstractMatrix, leaves: Sequence[torch.Tensor], rng: torch.Generator) -> dict[int, torch.Tensor]:
-    """For the tensors by which the product gathers and scatters; they are found by spelling it."""
+    """For the tensors by which the product gathers and scatters, and those of 4 bits; they are found by spelling it."""
     found: dict[int, torch.Tensor] = {}
 
     class Watch(CostOps):
@@ -42,6 +42,10 @@ def _indices(operator: AbstractMatrix, leaves: Sequence[torch.Tensor], rng: torc
             size = index.shape[0]
             found[order[id(index)][1]] = torch.arange(size) % x.features
             return super().gather(x, index)
+
+        def nibbles(self, packed: Width) -> Width:
+            found[order[id(packed)][1]] = torch.randint(0, 256, packed.shape, generator=rng, dtype=torch.uint8)
+            return super().nibbles(packed)
 
         def scatter(self, values: Width, positions: Width, n: int, m: int) -> Width:
             groups, owners = values.shape[0] // n, positions.features

@@ -1,11 +1,12 @@
-"""`quantize`: weights in 8 bits with a scale for each column of each block, around whatever form a site has by then; dense ones too.
+"""`quantize`: weights in 8 bits with a scale for each column of each block, or in 4 with one for every few rows of it, around whatever form
+a site has by then; dense ones too.
 
 On ONNX Runtime integers are multiplied, with inputs rounded at each call; a site keeps its floats where that is no faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,23 +14,27 @@ import torch
 
 from rewriter.algebra import Dense
 from rewriter.cost import Cost
+from rewriter.errors import RewriteError
 from rewriter.fit import keep, refusal, usable_weight
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments, isotropic
 from rewriter.operator import AbstractMatrix
-from rewriter.quantised import quantised
+from rewriter.quantised import BITS, Quantised, quantised
 from rewriter.rule import AbstractPass, Context, Decision
-
-SPELLING = "8 bits"
 
 
 @dataclass(frozen=True)
 class Quantize(AbstractPass):
-    """dense: whether sites that no pass rewrote are rounded as well."""
+    """bits: 8, or 4 where those beat 8; dense: whether sites that no pass rewrote are rounded as well."""
 
     name: ClassVar[str] = "quantize"
-    summary: ClassVar[str] = "weights of linears in 8 bits, structured ones too, where that is faster, or smaller if size is the objective"
+    summary: ClassVar[str] = "weights of linears in 8 or 4 bits, structured ones too, where that is faster, or smaller for that objective"
+    bits: int = 8
     dense: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise RewriteError(f"quantize:bits={self.bits} is not allowed; give {' or '.join(map(str, BITS))}")
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         decisions, open_sites = {s.id: context.decisions.get(s.id) or keep(s, "") for s in context.selected}, []
@@ -43,8 +48,8 @@ class Quantize(AbstractPass):
             if decisions[site.id].rewritten:
                 graph.restore(site)
         for group in context.calibration.moments(open_sites):
-            for site, moments in context.progress.track(group, f"rounding to {SPELLING}", len(group)):
-                decisions[site.id] = _rounded(graph, context, decisions[site.id], moments)
+            for site, moments in context.progress.track(group, f"rounding to {self.bits} bits", len(group)):
+                decisions[site.id] = _rounded(graph, context, decisions[site.id], moments, self.bits)
         for decision in (decisions[site.id] for site in open_sites):
             if decision.operator is not None:
                 graph.splice(decision.site, decision.operator, decision.shift)
@@ -59,11 +64,11 @@ class Quantize(AbstractPass):
         if not earlier.rewritten and not self.dense:
             return _joined(earlier.reason, "no earlier pass rewrote this one, and quantize:dense=false leaves those")
         if site.dtype != torch.float32:
-            return _joined(earlier.reason, f"its weight is {str(site.dtype).removeprefix('torch.')}; 8 bits stand for float32 here")
+            return _joined(earlier.reason, f"its weight is {str(site.dtype).removeprefix('torch.')}; integers stand for float32 here")
         return None
 
 
-def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moments | None) -> Decision:
+def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moments | None, bits: int) -> Decision:
     site, before = decision.site, decision.operator
     exact = isinstance(before, AbstractMatrix) and decision.exact  # of a merged chain no one weight is stored
     weight = before.dense() if exact and isinstance(before, AbstractMatrix) else usable_weight(graph, site)
@@ -72,32 +77,38 @@ def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moment
     before = before or Dense(weight.T.contiguous())
     assert isinstance(before, AbstractMatrix)
     floats = before.to(torch.float32)
-    made = quantised(floats)
-    if made is None:
+    forms = [made for b in BITS if b >= bits and (made := quantised(floats, b)) is not None and made.bits == b]
+    if not forms:
         return replace(decision, reason=_joined(decision.reason, "no weight of it is multiplied: nothing to round"))
-    cost = _cost(site, made)
-    pays, figures = _weighed(context, floats, made, decision.after if decision.rewritten else decision.before, cost)
-    if not pays:
+    made, figures = _weighed(context, floats, forms, decision.after if decision.rewritten else decision.before)
+    if made is None:
         return replace(decision, reason=_joined(decision.reason, figures))
     seen, dense = moments or isotropic(weight.shape[1]), made.dense()
     shift = None if decision.shift is None else seen.shift(weight, dense)
     error = seen.error(weight, dense, shifted=shift is not None)
-    structure = f"{decision.structure} in {SPELLING}" if decision.structure else SPELLING
+    structure = f"{decision.structure} in {made.bits} bits" if decision.structure else f"{made.bits} bits"
     reason = _joined(decision.reason if decision.rewritten else "", figures)
-    return replace(decision, reason=reason, after=cost, operator=made, structure=structure, exact=False, error=error, shift=shift)
+    rounded = replace(decision, reason=reason, after=_cost(site, made), operator=made, structure=structure)
+    return replace(rounded, exact=False, error=error, shift=shift)
 
 
-def _weighed(context: Context, floats: AbstractMatrix, integers: AbstractMatrix, before: Cost, after: Cost) -> tuple[bool, str]:
-    """Whether 8 bits pay, with the numbers. What is no time is bytes: integers are as many numbers as floats."""
+def _weighed(context: Context, floats: AbstractMatrix, forms: Sequence[Quantised], before: Cost) -> tuple[Quantised | None, str]:
+    """The form that pays most, or None, with the numbers. What is no time is bytes: integers are as many numbers as floats."""
     if context.objective != "ms":
-        pays = after.nbytes < before.nbytes
-        return pays, f"in {SPELLING}" if pays else f"8 bits do not pay: {after.nbytes:,} bytes against {before.nbytes:,}"
-    table = context.seconds([floats, integers])
-    slow, fast = (sum(column) for column in zip(*table, strict=True))
+        best = min(forms, key=lambda form: form.cost().nbytes)
+        after = best.cost().nbytes
+        if after >= before.nbytes:
+            return None, f"{best.bits} bits do not pay: {after:,} bytes against {before.nbytes:,}"
+        return best, f"in {best.bits} bits"
+    table = context.seconds([floats, *forms])
+    slow, *totals = (sum(column) for column in zip(*table, strict=True))
+    i = totals.index(min(totals))
+    best, fast = forms[i], totals[i]
     if fast >= slow:
         at = ", ".join(map(str, context.tokens))
-        return False, f"8 bits do not pay: {1e3 * fast:.3f} ms against {1e3 * slow:.3f} ms in floats at T={at}"
-    return True, f"in {SPELLING}: " + ", ".join(f"{f / i:.1f}x floats at T={t}" for t, (f, i) in zip(context.tokens, table, strict=True))
+        return None, f"{best.bits} bits do not pay: {1e3 * fast:.3f} ms against {1e3 * slow:.3f} ms in floats at T={at}"
+    ratios = [f"{row[0] / row[1 + i]:.1f}x floats at T={t}" for t, row in zip(context.tokens, table, strict=True)]
+    return best, f"in {best.bits} bits: {', '.join(ratios)}"
 
 
 def _cost(site: Site, made: AbstractMatrix) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,9 +69,15 @@ class CostOps:
         assert rows % n == 0 and columns % positions.features == 0, f"scatter of {values.shape} by {n}:{m} at {positions.shape}"
         return Width((rows // n * m, columns))
 
+    def nibbles(self, packed: Width) -> Width:
+        *blocks, rows, columns = packed.shape
+        self.params += 2 * math.prod(packed.shape)
+        return Width((*blocks, 2 * rows, columns))
+
     def scaled(self, values: Width, scales: Width) -> Width:
-        *blocks, _, p = values.shape
-        assert scales.shape == (*blocks, 1, p), f"scaled {values.shape} by {scales.shape}"
+        *blocks, rows, p = values.shape
+        *others, groups, columns = scales.shape
+        assert (others, columns) == (blocks, p) and rows % groups == 0, f"scaled {values.shape} by {scales.shape}"
         return Width(values.shape)
 
     def shuffle(self, x: Width, k: int) -> Width:

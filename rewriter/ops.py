@@ -38,8 +38,13 @@ class Ops(Protocol[V]):
         """
         ...
 
+    def nibbles(self, packed: V) -> V:
+        """const uint8 (..., q, p) of rewriter.packing -> whole numbers in -8..7 (..., 2 q, p), for scaled to take."""
+        ...
+
     def scaled(self, values: V, scales: V) -> V:
-        """const int8 (..., q, p), const (..., 1, p) -> the weight values * scales, for matmul and block_matmul to take.
+        """const int8 or nibbles (..., q, p), const (..., g, p) -> the weight values * scales, each scale for q / g neighbouring rows; for
+        matmul and block_matmul to take.
 
         A target may multiply integers: it then rounds inputs to 8 bits at each call, which its error shows.
         """

@@ -1,4 +1,5 @@
-"""Which n of every m neighbours are kept, in a few bits each: 2 where m <= 4, 4 where m <= 16, else a byte.
+"""Small numbers in a few bits each. Which n of every m neighbours are kept: 2 bits where m <= 4, 4 where m <= 16, else a byte. And whole
+numbers of 4 bits, two a byte.
 
 Position r of a column stands in byte r // k, at bit (r % k) bits, k = 8 // bits; a last byte that is not full ends in zeros.
 """
@@ -31,3 +32,16 @@ def unpack(packed: Tensor, rows: int, m: int) -> Tensor:
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)[:, None]
     positions: Tensor = ((packed[:, None] >> shifts) & (2**width - 1)).flatten(0, 1)
     return positions[:rows].long()
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """(..., 2 q, p) whole numbers in -8..7 -> (..., q, p) uint8: row 2 i in the lower half, row 2 i + 1 in the upper, each with 8 added."""
+    low, high = (values.to(torch.uint8) + 8).unflatten(-2, (-1, 2)).unbind(-2)
+    packed: Tensor = (low & 15) | (high << 4)
+    return packed
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`, int8."""
+    halves: Tensor = torch.stack([packed & 15, packed >> 4], -2).flatten(-3, -2)
+    return halves.to(torch.int8) - 8

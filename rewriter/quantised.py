@@ -1,4 +1,5 @@
-"""Weights as integers of 8 bits around any operator: w[..., i, j] ~ scale[..., j] integer[..., i, j], a scale a column and block.
+"""Weights as integers around any operator. In 8 bits w[..., i, j] ~ scale[..., j] integer[..., i, j], a scale a column and block; in 4 bits
+a scale for every 32 rows of each, or 16 or 64 where they divide the rows; weights of other heights are in 8 bits then as well.
 
 The product is the operator's own, its weights read through `scaled`; so every structure has its quantised form, and every target one way
 to multiply integers.
@@ -15,8 +16,12 @@ from torch import Tensor
 from rewriter.cost import CostOps, Width
 from rewriter.operator import AbstractMatrix, flatten, skeleton, unflatten
 from rewriter.ops import AnyOps
+from rewriter.packing import nibbles, pack_nibbles
 
-LARGEST = 127  # integers are symmetric about zero
+LARGEST = 127  # integers of 8 bits are symmetric about zero
+LEAST = -8  # of 4 bits
+GROUPS = (32, 16, 64)  # rows that share a scale in 4 bits, the first that divides them all
+BITS = (8, 4)
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,8 @@ class Quantised(AbstractMatrix):
 
     form: str  # a spec, see rewriter.operator.flatten
     places: tuple[int, ...]
-    values: tuple[Tensor, ...]  # (..., q, p) int8
-    scales: tuple[Tensor, ...]  # (..., 1, p)
+    values: tuple[Tensor, ...]  # (..., q, p) int8, or in 4 bits (..., q / 2, p) uint8 of rewriter.packing
+    scales: tuple[Tensor, ...]  # (..., 1, p), or (..., groups, p)
     others: tuple[Tensor, ...]  # the leaves that stay
 
     @property
@@ -48,10 +53,15 @@ class Quantised(AbstractMatrix):
         """The operator with its weights as the integers say."""
         _, leaves = skeleton(self.form)
         others = iter(self.others)
-        made = {i: v * s for i, v, s in zip(self.places, self.values, self.scales, strict=True)}
+        made = {i: floats(v, s) for i, v, s in zip(self.places, self.values, self.scales, strict=True)}
         operator = unflatten(self.form, [made[i] if i in made else next(others) for i in range(len(leaves))])
         assert isinstance(operator, AbstractMatrix)
         return operator
+
+    @property
+    def bits(self) -> int:
+        """4 where there are any of those."""
+        return 4 if any(v.dtype == torch.uint8 for v in self.values) else 8
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:
@@ -71,7 +81,10 @@ class Reading:
 
     def const(self, tensor: Tensor) -> Any:
         pair = self.rounded.get(id(tensor))
-        return self.ops.const(tensor) if pair is None else self.ops.scaled(*map(self.ops.const, pair))
+        if pair is None:
+            return self.ops.const(tensor)
+        values, scales = map(self.ops.const, pair)
+        return self.ops.scaled(self.ops.nibbles(values) if pair[0].dtype == torch.uint8 else values, scales)
 
     def __getattr__(self, word: str) -> Any:
         return getattr(self.ops, word)
@@ -118,13 +131,13 @@ def weights_of(operator: AbstractMatrix) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if id(leaf) in ops.multiplied and leaf.is_floating_point()]
 
 
-def quantised(operator: AbstractMatrix) -> AbstractMatrix | None:
-    """The operator with the weights of its products rounded to the nearest of 255 steps; None where it has none."""
+def quantised(operator: AbstractMatrix, bits: int = 8) -> Quantised | None:
+    """The operator with the weights of its products rounded to the nearest of 255 steps, or of 16; None where it has none."""
     places = weights_of(operator)
     if not places:
         return None
     leaves, form = flatten(operator)
-    pairs = [rounded(leaves[i]) for i in places]
+    pairs = [rounded(leaves[i]) if bits == 8 else rounded_to_4(leaves[i]) for i in places]
     others = tuple(leaf for i, leaf in enumerate(leaves) if i not in places)
     return Quantised(form, tuple(places), tuple(v for v, _ in pairs), tuple(s for _, s in pairs), others)
 
@@ -134,6 +147,26 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.abs().amax(-2, keepdim=True) / LARGEST
     steps = torch.where(scales > 0, weight / torch.where(scales > 0, scales, 1), 0)
     return steps.round().clamp(-LARGEST, LARGEST).to(torch.int8), scales
+
+
+def rounded_to_4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., q, p) -> uint8 (..., q / 2, p) and the scales (..., groups, p), of which the group's largest number is -8; in 8 bits where no
+    group divides q."""
+    group = next((g for g in GROUPS if weight.shape[-2] % g == 0), 0)
+    if not group:
+        return rounded(weight)
+    groups = weight.unflatten(-2, (-1, group))  # (..., groups, group, p)
+    largest = groups.gather(-2, groups.abs().argmax(-2, keepdim=True))
+    scales = largest / LEAST
+    steps = torch.where(scales != 0, groups / torch.where(scales != 0, scales, 1), 0)
+    return pack_nibbles(steps.round().clamp(LEAST, -LEAST - 1).flatten(-3, -2).to(torch.int8)), scales.squeeze(-2)
+
+
+def floats(values: Tensor, scales: Tensor) -> Tensor:
+    """The weight that integers and scales say."""
+    whole = nibbles(values) if values.dtype == torch.uint8 else values
+    made: Tensor = (whole.unflatten(-2, (scales.shape[-2], -1)) * scales.unsqueeze(-2)).flatten(-3, -2)
+    return made
 
 
 def _bare(form: str) -> AbstractMatrix:

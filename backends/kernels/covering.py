@@ -5,7 +5,6 @@ What is not covered stays as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from rewriter.backends.onnx.opaque import SITE, is_opaque, kind, spec_of
 from rewriter.cache import digest
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, skeleton, unflatten
+from rewriter.quantised import Quantised
 
 DOMAIN, OP, RECURRENCE = "structured.kernels", "Chain", "Recurrence"
 
@@ -140,8 +140,8 @@ def recurrence_node(inputs: Sequence[ir.Value | None], sizes: Sizes, threads: in
 def named(node: ir.Node) -> str:
     """The structure, that of a quantised one with its bits."""
     spec, _ = spec_of(node)
-    fields = json.loads(spec)["fields"]
-    return f"{kind(fields['form'])} in 8 bits" if node.op_type == "Quantised" else node.op_type
+    operator, _ = skeleton(spec)
+    return f"{kind(operator.form)} in {operator.bits} bits" if isinstance(operator, Quantised) else node.op_type
 
 
 def _operator(node: ir.Node, constants: Constants) -> AbstractOperator:

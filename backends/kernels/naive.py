@@ -55,7 +55,7 @@ def _stored(step: Product, weights: str) -> Tensor:
     """(k, q, p) as the format rounds it."""
     weight = step.weight.float()
     if step.scale is not None:
-        weight = weight * step.scale[:, None]
+        weight = (weight.unflatten(1, (step.scale.shape[1], -1)) * step.scale[:, :, None]).flatten(1, 2)
     elif weights == "bfloat16":
         weight = weight.bfloat16().float()
     elif weights != "float32":
@@ -70,7 +70,7 @@ def _multiplied(x: Tensor, weights: str) -> Tensor:
     """(rows, k, q) as a format multiplies them: int8 rounds each row of each block to 256 steps between its least and its largest."""
     if weights == "bfloat16":
         return x.bfloat16().float()
-    if weights != "int8":
+    if weights not in ("int8", "int4"):
         return x
     low, high = x.amin(2, keepdim=True).clamp_max(0), x.amax(2, keepdim=True).clamp_min(0)
     scale = (high - low) * torch.tensor(1 / 255)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.kernels.plan import ACTIVATIONS, LARGEST_GROUP, ZERO, Copy, Ending, Finish, Pattern, Plan, Product, Y
+from rewriter.packing import pack_nibbles
 from rewriter.quantised import rounded
 
 MAGIC = 0x314E494148434B52
-FORMATS = ("float32", "bfloat16", "weight8", "int8")  # as the kernel numbers them
-_ROWS = {"float32": 1, "bfloat16": 2, "weight8": 1, "int8": 4}  # of weights that lie side by side
+FORMATS = ("float32", "bfloat16", "weight8", "int8")  # that floats can be stored in
+STORED = (*FORMATS, "int4")  # as the kernel numbers them
+_ROWS = {"float32": 1, "bfloat16": 2, "weight8": 1, "int8": 4, "int4": 4}  # of weights that lie side by side
 _HEADER, _STEP = 8, 27  # numbers of 8 bytes
 _FIELDS = (
     *("kind", "source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid"),
@@ -73,13 +75,14 @@ def _step(step: Product | Copy | Finish, plan: Plan, data: _Bytes, layout: Layou
     weights = stored_as(step, weights)
     packed, scales = packed_weight(step.weight, step.scale, layout, weights)
     places = {name: getattr(step, name) for name in ("source", "target", "at", "width", "first", "block", "run", "jump", "step", "valid")}
-    sizes = {"k": k, "q": stored if step.pattern is None else step.valid, "p": p, "format": FORMATS.index(weights)}
+    sizes = {"k": k, "q": stored if step.pattern is None else step.valid, "p": p, "format": STORED.index(weights)}
     return {
         "kind": 1,
         **places,
         **sizes,
         "weights": data.add(packed),
         "scales": data.add(*scales) if scales else 0,
+        **({"each": stored // step.scale.shape[1]} if weights == "int4" and step.scale is not None else {}),
         **({} if step.pattern is None else _pattern(step.pattern, data, layout)),
         **_ending(step.ending, data),
     }
@@ -89,7 +92,7 @@ def stored_as(step: Product, weights: str) -> str:
     """The format of a step's weight where floats are asked for in `weights`; sparse ones are multiplied as floats."""
     if step.pattern is not None:
         return "float32" if step.scale is None and weights in ("float32", "bfloat16") else "weight8"
-    return weights if step.scale is None else "int8"
+    return weights if step.scale is None else f"int{step.bits}"
 
 
 def _pattern(pattern: Pattern, data: _Bytes, layout: Layout) -> dict[str, int]:
@@ -125,7 +128,10 @@ def runs_of(pairs: Tensor) -> Tensor:
 
 
 def packed_weight(weight: Tensor, scale: Tensor | None, layout: Layout, weights: str) -> tuple[Tensor, list[Tensor]]:
-    """The panels of (k, q, p), and per block and column what the kernel multiplies sums with and takes off them."""
+    """The panels of (k, q, p), and per block and column what the kernel multiplies sums with and takes off them.
+
+    In 4 bits rows of two units lie in the same bytes, and the scales of groups in panels as well.
+    """
     _, q, p = weight.shape
     rows, columns = -(-q // _ROWS[weights]) * _ROWS[weights], -(-p // layout.lanes) * layout.lanes
     wide = torch.nn.functional.pad(weight.detach(), (0, columns - p, 0, rows - q))
@@ -136,6 +142,10 @@ def packed_weight(weight: Tensor, scale: Tensor | None, layout: Layout, weights:
     if weights == "bfloat16":
         return _panels(wide.bfloat16(), layout, 2), []
     integers, scale = rounded(wide) if scale is None else (wide, torch.nn.functional.pad(scale.float(), (0, columns - p)))
+    if weights == "int4":
+        sums = integers.unflatten(1, (scale.shape[1], -1)).sum(2)  # (k, groups, columns)
+        pairs = pack_nibbles(integers.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1, 3))  # row i of a unit over row i of the next
+        return _panels(pairs, layout, 4), [_panels(scale, layout, 1), (scale.double() * sums).sum(1).float()]
     if weights == "weight8":
         return _panels(integers, layout, 1), [scale]
     return _panels(integers, layout, 4), [scale, integers.sum(1, dtype=torch.int32)]

@@ -23,6 +23,7 @@ AREAS = X, Y, SCRATCH = 0, 1, 2
 ACTIVATIONS = ("", "relu", "gelu", "gelu-tanh", "silu")  # as the kernel numbers them
 MOST_ROWS = 65536  # of a block of 8 bits, whose sums are to fit in 32
 LARGEST_GROUP = 16  # of a pattern: what a vector holds
+PAIR = 8  # rows of 4 bits that lie in the same bytes
 ALIGN = 16  # floats that scratch offsets are multiples of
 
 
@@ -74,7 +75,8 @@ class Product:
     """
 
     weight: Tensor  # (k, q, p); (1, entries, p) with a pattern
-    scale: Tensor | None  # (k, p) of a weight of integers, which are multiplied as such
+    scale: Tensor | None  # (k, groups, p) of a weight of integers, which are multiplied as such; one group but in 4 bits
+    bits: int  # of integers
     pattern: Pattern | None
     source: int  # area
     first: int
@@ -123,7 +125,8 @@ class _Made:
     """A product whose output has addresses of its own; where they lie is settled when all are known."""
 
     weight: Tensor  # as of a Product
-    scale: Tensor | None  # (k, p)
+    scale: Tensor | None  # (k, groups, p)
+    bits: int
     pattern: Pattern | None
     source: Tensor  # (k*q,) addresses
     start: int
@@ -140,7 +143,8 @@ class Weight(NamedTuple):
     """What is not floats alone: int8 with scales, or some rows of each column."""
 
     values: Tensor  # (..., q, p)
-    scale: Tensor | None = None  # (..., 1, p)
+    scale: Tensor | None = None  # (..., groups, p)
+    bits: int = 8
     pattern: Pattern | None = None
 
 
@@ -155,24 +159,34 @@ class PlanOps:
         return tensor
 
     def matmul(self, x: Tensor, w: Tensor | Weight) -> Tensor:
-        values, scale, pattern = w if isinstance(w, Weight) else Weight(w)
-        return self.block_matmul(x, Weight(values[None], scale if scale is None else scale[None], pattern))
+        w = w if isinstance(w, Weight) else Weight(w)
+        return self.block_matmul(x, w._replace(values=w.values[None], scale=w.scale if w.scale is None else w.scale[None]))
 
     def block_matmul(self, x: Tensor, w: Tensor | Weight) -> Tensor:
-        values, scale, pattern = w if isinstance(w, Weight) else Weight(w)
         start = self.inputs + sum(m.columns for m in self.made)
-        self.made.append(_Made(values, None if scale is None else scale.flatten(-2), pattern, x, start))
+        self.made.append(_Made(*(w if isinstance(w, Weight) else Weight(w)), x, start))
         return torch.arange(start, start + self.made[-1].columns)
 
-    def scaled(self, values: Tensor, scales: Tensor) -> Weight:
-        if values.dtype != torch.int8:
-            raise NotCovered(f"its integers are {values.dtype}, not int8")
-        if values.shape[-2] > MOST_ROWS:
-            raise NotCovered(f"sums over {values.shape[-2]:,} products of 8 bits may not fit in 32")
-        return Weight(values, scales)
+    def nibbles(self, packed: Tensor) -> Weight:
+        return Weight(packing.nibbles(packed), bits=4)
+
+    def scaled(self, values: Tensor | Weight, scales: Tensor) -> Weight:
+        whole = values if isinstance(values, Weight) else Weight(values)
+        rows, groups = whole.values.shape[-2], scales.shape[-2]
+        if whole.values.dtype != torch.int8:
+            raise NotCovered(f"its integers are {whole.values.dtype}, not int8")
+        if rows > MOST_ROWS:
+            raise NotCovered(f"sums over {rows:,} products of 8 bits may not fit in 32")
+        if whole.bits == 8 and groups > 1:
+            raise NotCovered("scales for some of a column's rows are known with 4 bits alone")
+        if whole.bits == 4 and (rows % groups or rows // groups % PAIR):
+            raise NotCovered(f"{rows} rows in {groups} groups are not {PAIR} or a multiple in each, as 4 bits have them")
+        return whole._replace(scale=scales)
 
     def scatter(self, values: Tensor | Weight, positions: Tensor, n: int, m: int) -> Weight:
-        held, scale, _ = values if isinstance(values, Weight) else Weight(values)
+        held, scale, bits, _ = values if isinstance(values, Weight) else Weight(values)
+        if bits == 4:
+            raise NotCovered("weights with zeros left out have no kernel in 4 bits")
         if m > LARGEST_GROUP:
             raise NotCovered(f"kernels pick from groups of up to {LARGEST_GROUP}, not {m}")
         entries, columns = held.shape
@@ -180,7 +194,7 @@ class PlanOps:
         if not ((within < m).all() and (within.diff(dim=1) > 0).all()):
             raise NotCovered(f"its positions are not {n} different ones of every {m} in order")
         rows = (within + m * torch.arange(len(within))[:, None, None]).flatten(0, 1)
-        return Weight(held, scale, Pattern(rows.repeat_interleave(columns // positions.shape[1], 1), n, m))
+        return Weight(held, scale, bits, Pattern(rows.repeat_interleave(columns // positions.shape[1], 1), n, m))
 
     def shuffle(self, x: Tensor, k: int) -> Tensor:
         return x.view(k, -1).T.reshape(-1)
@@ -244,7 +258,7 @@ def _order_columns(ops: PlanOps, y: Tensor) -> None:
         if order.equal(torch.arange(p).expand(k, p)):
             continue
         made.weight = made.weight.gather(2, order[:, None].expand_as(made.weight))
-        made.scale = None if made.scale is None else made.scale.gather(1, order)
+        made.scale = None if made.scale is None else made.scale.gather(2, order[:, None].expand_as(made.scale))
         made.pattern = None if made.pattern is None else replace(made.pattern, rows=made.pattern.rows[:, order[0]])
         places = torch.arange(k)[:, None] * p + order.argsort(1)
         reader.source = reader.source.clone()
@@ -286,7 +300,7 @@ def _product(made: _Made, ops: PlanOps, scratch: int) -> tuple[list[Copy], Produ
     k = made.weight.shape[0]
     q = len(made.source) // k
     areas, offsets = _located(ops, made.source)
-    whole = Product(made.weight, made.scale, made.pattern, X, 0, 0, q, 0, 1, k * q, made.area, made.at, made.width)
+    whole = Product(made.weight, made.scale, made.bits, made.pattern, X, 0, 0, q, 0, 1, k * q, made.area, made.at, made.width)
     valid = int((areas >= 0).sum())
     source = int(areas[0])
     if source in AREAS and (areas[:valid] == source).all():

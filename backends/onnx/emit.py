@@ -16,6 +16,7 @@ from rewriter.backends.files.quiet import muted
 from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import takes
+from rewriter.backends.onnx.nibbles import NBITS
 from rewriter.backends.onnx.opaque import DOMAIN, VERSION, is_opaque, kind, opaque, overload, spec_of
 from rewriter.backends.onnx.ops import LOWERINGS, function
 from rewriter.backends.onnx.sequence_ops import lowerings, map_function, map_overload
@@ -110,6 +111,8 @@ def attach(model: ir.Model, choose: Choose = default_lowering, lowered: Mapping[
             continue
         lowering = lowered.get(node) or choose(spec, rank)
         node.overload = overload(spec, rank, lowering)
+        if lowering == NBITS:
+            model.graph.opset_imports[CONTRIB_DOMAIN] = 1
         if node.op_identifier() not in model.functions:
             body = function(spec, rank, opset, lowering)
             model.functions[body.identifier()] = body

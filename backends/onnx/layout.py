@@ -79,6 +79,7 @@ class Conditions:
     tokens: tuple[int, ...]
     threads: int
     opset: int
+    contrib: bool = False  # operators of com.microsoft are allowed
 
 
 def layouts(model: ir.Model, conditions: Conditions) -> tuple[dict[ir.Node, str], list[str]]:
@@ -176,7 +177,7 @@ def _timed(chain: Members, conditions: Conditions) -> tuple[dict[ir.Node, Form],
 
 def _form(node: ir.Node, form: Form, turns: Turns, conditions: Conditions) -> Form:
     spec, rank = spec_of(node)
-    among = matrix_lowerings(spec, rank, chained=True)
+    among = matrix_lowerings(spec, rank, conditions.contrib, chained=True)
     table = [measure_lowerings(spec, rank, among, count, conditions.threads, conditions.opset) for count in conditions.tokens]
     seconds = {lowering: sum(column) for lowering, *column in zip(among, *table, strict=True)}
     first = max(0.0, seconds.pop(COLUMNS, inf) - turns[form.inputs] - turns[form.width])

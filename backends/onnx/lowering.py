@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rewriter.backends.onnx.contrib import STANDARD
 from rewriter.backends.onnx.emit import Choose, default_lowering
 from rewriter.backends.onnx.measure import OPSET, measure_lowerings
+from rewriter.backends.onnx.nibbles import NBITS
 from rewriter.backends.onnx.opaque import matrix_skeleton
 from rewriter.backends.onnx.ops import BATCHED, COLUMNS, SPLIT, takes_columns
 from rewriter.backends.onnx.sequence_ops import lowerings
@@ -29,7 +30,7 @@ def chooser(tokens: Sequence[int], threads: int, contrib: bool = False, opset: i
     def choose(spec: str, rank: int) -> str:
         key = (spec, rank, tuple(tokens), threads, contrib, opset)
         if key not in _chosen:
-            among = matrix_lowerings(spec, rank) if rank else lowerings(spec, contrib, opset)
+            among = matrix_lowerings(spec, rank, contrib) if rank else lowerings(spec, contrib, opset)
             among = (STANDARD,) if STANDARD in among and not contrib else among
             _chosen[key] = among[0] if len(among) == 1 else default_lowering(spec, rank)
             if len(among) > 1:
@@ -50,11 +51,15 @@ class _Words(CostOps):
 
     def __init__(self) -> None:
         super().__init__(1)
-        self.blocks = self.moves = False
+        self.blocks = self.moves = self.halves = False
 
     def block_matmul(self, x: Width, w: Width) -> Width:
         self.blocks = self.blocks or w.shape[0] > 1
         return super().block_matmul(x, w)
+
+    def nibbles(self, packed: Width) -> Width:
+        self.halves = True
+        return super().nibbles(packed)
 
     def shuffle(self, x: Width, k: int) -> Width:
         self.moves = True
@@ -65,10 +70,11 @@ class _Words(CostOps):
         return super().gather(x, index)
 
 
-def matrix_lowerings(spec: str, rank: int, chained: bool = False) -> tuple[str, ...]:
+def matrix_lowerings(spec: str, rank: int, contrib: bool = False, chained: bool = False) -> tuple[str, ...]:
     """Those that differ. `chained`: features first may pay for the sake of a neighbour, even where the product moves none."""
     operator, leaves = matrix_skeleton(spec)
     words = _Words()
     operator.product(words, Width((operator.shape[1],)))
     columns = rank > 1 and takes_columns(leaves) and (words.blocks or words.moves or chained)
-    return (SPLIT, *((BATCHED,) if words.blocks else ()), *((COLUMNS,) if columns else ()))
+    ours = {SPLIT: True, BATCHED: words.blocks, COLUMNS: columns, NBITS: words.halves and contrib and rank > 1}
+    return tuple(lowering for lowering, there in ours.items() if there)

@@ -15,7 +15,10 @@ import torch
 from onnx_ir.tape import Tape
 from torch import Tensor
 
+from rewriter.backends.onnx import nibbles
 from rewriter.backends.onnx.arrange import Arranged, Axis, arrange, plain, settled, split
+from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
+from rewriter.backends.onnx.nibbles import NBITS
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, matrix_skeleton, overload
 from rewriter.backends.onnx.scatter import scattered
 
@@ -38,6 +41,18 @@ class Integers(NamedTuple):
     value: ir.Value
     scales: ir.Value
     shape: tuple[int, ...]
+
+
+class Nibbles(NamedTuple):
+    """A factor of 4 bits (..., q / 2, p) uint8; with its scales (..., groups, p) one for MatMulNBits."""
+
+    value: ir.Value
+    scales: ir.Value | None
+    shape: tuple[int, ...]  # (..., q, p)
+    groups: int = 1
+
+
+Factor = Weight | Integers | Nibbles
 
 
 class OnnxOps:
@@ -68,23 +83,26 @@ class OnnxOps:
     def const(self, tensor: Tensor) -> Weight:
         return Weight(self.factors[id(tensor)], tuple(tensor.shape))
 
-    def matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
+    def matmul(self, x: Arranged, w: Factor) -> Arranged:
         return self._plain(self._product(self._settled(x), w), w.shape[1])
 
-    def block_matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
+    def block_matmul(self, x: Arranged, w: Factor) -> Arranged:
         k, _, p = w.shape
         if k == 1:
             return self._plain(self._product(self._settled(x), self._each(w)[0]), p)
         if not self.leading:
             return self._one_row(x, w)
-        if self.lowering == SPLIT and k <= MANY_BLOCKS:
+        if isinstance(w, Nibbles) or (self.lowering in (SPLIT, NBITS) and k <= MANY_BLOCKS):
             return self._split(x, w)
         return self._batched(x, w)
 
-    def _product(self, x: ir.Value, w: Weight | Integers) -> ir.Value:
+    def _product(self, x: ir.Value, w: Factor) -> ir.Value:
         """x times a weight of two axes, or of one more for a batch. Of integers in the spelling that ONNX Runtime makes one node."""
         if isinstance(w, Weight):
             return self.tape.op("MatMul", [x, w.value])
+        if isinstance(w, Nibbles):
+            assert w.scales is not None
+            return nibbles.product(self.tape, x, w.value, w.scales, w.shape, w.groups)
         if x not in self._rounded:
             made = self.tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
             self._rounded[x] = made[0], made[1], made[2]
@@ -93,27 +111,28 @@ class OnnxOps:
         sums = self.tape.op("Cast", [self.tape.op("MatMulInteger", [whole, w.value, zero])], {"to": ir.DataType.FLOAT.value})
         return self.tape.op("Mul", [sums, self.tape.op("Mul", [scale, scales])])
 
-    def _each(self, w: Weight | Integers) -> list[Weight | Integers]:
+    def _each(self, w: Factor) -> list[Factor]:
         """The blocks; the cut of a constant folds away."""
         k, q, p = w.shape
-        fields = [w.value] if isinstance(w, Weight) else [w.value, w.scales]
+        fields = [w.value] if isinstance(w, Weight) or w.scales is None else [w.value, w.scales]
         cut = [self.tape.op_multi_out("Split", [f, self._ints(*[1] * k)], {"axis": 0}, num_outputs=k) if k > 1 else [f] for f in fields]
         blocks = [[self.tape.op("Squeeze", [piece, self._ints(0)]) for piece in pieces] for pieces in cut]
-        return [Weight(b[0], (q, p)) if isinstance(w, Weight) else Integers(b[0], b[1], (q, p)) for b in zip(*blocks, strict=True)]
+        changed = [dict(zip(("value", "scales"), block, strict=False)) for block in zip(*blocks, strict=True)]
+        return [w._replace(**fields, shape=(q, p)) for fields in changed]
 
-    def _one_row(self, x: Arranged, w: Weight | Integers) -> Arranged:
+    def _one_row(self, x: Arranged, w: Factor) -> Arranged:
         k, q, p = w.shape
         rows = self.tape.op("Reshape", [self._settled(x), self._ints(k, 1, q)])
         return self._plain(self.tape.op("Reshape", [self._product(rows, w), self._ints(k * p)]), k * p)
 
-    def _split(self, x: Arranged, w: Weight | Integers) -> Arranged:
+    def _split(self, x: Arranged, w: Factor) -> Arranged:
         """One product for each block: 2-D weights, which runtimes pack ahead of time."""
         k, q, p = w.shape
         pieces = self.tape.op_multi_out("Split", [self._settled(x), self._ints(*[q] * k)], {"axis": -1}, num_outputs=k)
         products = [self._product(a, b) for a, b in zip(pieces, self._each(w), strict=True)]
         return self._plain(self.tape.op("Concat", products, {"axis": -1}), k * p)
 
-    def _batched(self, x: Arranged, w: Weight | Integers) -> Arranged:
+    def _batched(self, x: Arranged, w: Factor) -> Arranged:
         """One product over a batch of blocks, the block axis before the last leading one."""
         k, _, p = w.shape
         x, blocks, within = split(self.tape, x, k)
@@ -124,12 +143,22 @@ class OnnxOps:
         product = self._product(rows.value, w)
         return Arranged(product, (*before, blocks, (last,), (made,)), self.leading, (*blocks, made))
 
-    def scatter(self, values: Weight | Integers, positions: Weight, n: int, m: int) -> Weight | Integers:
-        spread = Weight(*scattered(self.tape, (values.value, values.shape), positions, n, m))
-        return spread if isinstance(values, Weight) else Integers(spread.value, values.scales, spread.shape)
+    def scatter(self, values: Factor, positions: Weight, n: int, m: int) -> Factor:
+        value, shape = scattered(self.tape, (values.value, values.shape), positions, n, m)
+        return values._replace(value=value, shape=shape)
 
-    def scaled(self, values: Weight, scales: Weight) -> Integers:
-        return Integers(values.value, scales.value, values.shape)
+    def nibbles(self, packed: Weight) -> Nibbles:
+        *blocks, half, p = packed.shape
+        return Nibbles(packed.value, None, (*blocks, 2 * half, p))
+
+    def scaled(self, values: Weight | Nibbles, scales: Weight) -> Factor:
+        groups = scales.shape[-2]
+        if isinstance(values, Weight):
+            return Integers(values.value, scales.value, values.shape)
+        if self.lowering == NBITS and self.leading and values.shape[-2] // groups in nibbles.GROUPS:
+            return values._replace(scales=scales.value, groups=groups)
+        whole = nibbles.whole(self.tape, values.value, values.shape)
+        return Weight(nibbles.weighted(self.tape, whole, scales.value, values.shape, groups), values.shape)
 
     def shuffle(self, x: Arranged, k: int) -> Arranged:
         x, first, second = split(self.tape, x, k)
@@ -180,11 +209,11 @@ class ColumnOps(OnnxOps):
     def given(self, x: ir.Value, features: int) -> Arranged:
         return self._plain(self._settled(plain(x, self.leading, features)), features)
 
-    def matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
+    def matmul(self, x: Arranged, w: Factor) -> Arranged:
         turned = self.tape.op("Transpose", [w.value], {"perm": [1, 0]})
         return self._plain(self.tape.op("MatMul", [turned, self._settled(x)]), w.shape[1])
 
-    def block_matmul(self, x: Arranged, w: Weight | Integers) -> Arranged:
+    def block_matmul(self, x: Arranged, w: Factor) -> Arranged:
         """One product over the blocks. An axis of size 1 goes before the features, so that in both Reshapes tokens keep their place:
         a size of -1 could not be told where another one is zero."""
         k, q, p = w.shape
@@ -214,7 +243,8 @@ def function(spec: str, rank: int, opset: int, lowering: str = LOWERINGS[0]) -> 
     y = settled(ops.tape, operator.product(ops, ops.given(x, operator.shape[1]))).value
     if y.producer() is None:
         y = ops.tape.op("Identity", [y])
-    graph = ir.Graph([x, *inputs], [y], nodes=ops.tape.nodes, opset_imports={"": opset}, name=kind(spec))
+    imports = {"": opset, **({CONTRIB_DOMAIN: 1} if lowering == NBITS else {})}
+    graph = ir.Graph([x, *inputs], [y], nodes=ops.tape.nodes, opset_imports=imports, name=kind(spec))
     return ir.Function(DOMAIN, kind(spec), overload(spec, rank, lowering), graph=graph, attributes=())
 
 

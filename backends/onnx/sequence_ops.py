@@ -15,6 +15,7 @@ import torch
 from onnx_ir.tape import Tape
 from torch import Tensor
 
+from rewriter.backends.onnx import nibbles
 from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import lower, own_lowerings, steady
@@ -154,8 +155,14 @@ class SequenceOps:
     def scatter(self, values: Sized, positions: Sized, n: int, m: int) -> Sized:
         return Sized(*scattered(self.tape, values, positions, n, m))
 
+    def nibbles(self, packed: Sized) -> Sized:
+        *blocks, half, p = known(packed.axes)
+        shape = (*blocks, 2 * half, p)
+        return Sized(nibbles.whole(self.tape, packed.value, shape), shape)
+
     def scaled(self, values: Sized, scales: Sized) -> Sized:
-        return Sized(self._op("Mul", self._op("CastLike", values.value, scales.value), scales.value), values.axes)
+        groups = known(scales.axes)[-2]
+        return Sized(nibbles.weighted(self.tape, values.value, scales.value, known(values.axes), groups), values.axes)
 
     def shuffle(self, x: Sized, k: int) -> Sized:
         features = x.axes[-1]
@@ -273,6 +280,12 @@ def lowerings(spec: str, contrib: bool = False, opset: int = 0) -> tuple[str, ..
 def axes_of(dims: Dims) -> Axes:
     """None for a size that varies."""
     return tuple(n if isinstance(n, int) else None for n in dims)
+
+
+def known(axes: Axes) -> tuple[int, ...]:
+    """Of a constant."""
+    assert None not in axes
+    return tuple(n for n in axes if n is not None)
 
 
 def broadcast(a: Axes, b: Axes) -> Axes:

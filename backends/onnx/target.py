@@ -55,7 +55,7 @@ class OnnxTarget:
         notes: list[str] = []
 
         def together(model: ir.Model) -> dict[ir.Node, str]:
-            chosen, said = layouts(model, Conditions(tuple(options.tokens), options.threads, opset))
+            chosen, said = layouts(model, Conditions(tuple(options.tokens), options.threads, opset, self.contrib))
             notes.extend(said)
             return chosen
 

@@ -32,6 +32,8 @@ def flatten(of: Plan) -> tuple[list[Tensor], str]:
         raise NotCovered("sums and norms behind a product have no kernel for a GPU")
     if any(isinstance(step, Product) and step.pattern is not None for step in of.steps):
         raise NotCovered("N:M sparse weights have no kernel for a GPU")
+    if any(isinstance(step, Product) and step.bits != 8 for step in of.steps):
+        raise NotCovered("weights of 4 bits have no kernel for a GPU")
     tensors: list[Tensor] = []
     return tensors, json.dumps(_said(of, tensors))
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.library import Kernels, cpu, kernels
 from rewriter.backends.kernels.pack import FORMATS, pack
-from rewriter.backends.kernels.plan import ACTIVATIONS, Ending, Norm, Plan, plan
+from rewriter.backends.kernels.plan import ACTIVATIONS, PAIR, Ending, Norm, Plan, Product, plan
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.monarch import Monarch
 from rewriter.tolerances import EQUAL
-from tests.kernels.spelled import spelled
+from tests.kernels.spelled import in_4_bits, spelled
 from tests.onnx.models import close
 
 LEVELS = ["native", "portable", *(["avx2"] if "avx2" in cpu() else [])]
@@ -52,7 +52,8 @@ def ran(library: Kernels, steps: Plan, x: Tensor, weights: str = "float32", thre
 def agree(found: Tensor, steps: Plan, x: Tensor, weights: str, skip: Tensor | None = None) -> None:
     """Rounding to int8 between two products may fall to the other side, where sums differ in the last place."""
     wanted = naive.run(steps, x, weights, skip)
-    if weights in ("float32", "weight8"):
+    in_4_bits = any(isinstance(step, Product) and step.bits == 4 for step in steps.steps)
+    if weights in ("float32", "weight8") and not in_4_bits:
         close(found, wanted)
     else:
         assert (found - wanted).norm() <= EQUAL[torch.bfloat16][0] * wanted.norm()
@@ -66,6 +67,27 @@ def test_a_thousand_random_chains(library: Kernels, weights: str, chunk: int) ->
         steps = plan(operator, ending(seed, operator.shape[0]))
         x, skip = (torch.randn(1 + seed % 14, width, generator=rng) for width in reversed(operator.shape))
         agree(ran(library, steps, x, weights, 1 + seed % 2, skip), steps, x, weights, skip)
+
+
+@pytest.mark.parametrize("chunk", range(10))
+def test_a_thousand_random_chains_in_4_bits(library: Kernels, chunk: int) -> None:
+    products = 0
+    for seed in range(100 * chunk, 100 * chunk + 100):
+        operator, rng = spelled(seed, rows=PAIR), torch.Generator().manual_seed(seed)
+        steps = in_4_bits(plan(operator, ending(seed, operator.shape[0])))
+        products += sum(isinstance(step, Product) and step.bits == 4 for step in steps.steps)
+        x, skip = (torch.randn(1 + seed % 14, width, generator=rng) for width in reversed(operator.shape))
+        agree(ran(library, steps, x, "float32", 1 + seed % 2, skip), steps, x, "float32", skip)
+    assert products > 100
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 64, 130), (3, 96, 64), (1, 128, 49)], ids=str)
+def test_one_product_in_4_bits_is_exact_in_what_it_rounds_to(library: Kernels, shape: tuple[int, int, int]) -> None:
+    k, q, p = shape
+    steps = in_4_bits(plan(_diagonal(torch.randn(k, q, p, generator=torch.Generator().manual_seed(1)) / q**0.5)))
+    for rows in (1, 3, 6, 7):
+        x = torch.randn(rows, k * q, generator=torch.Generator().manual_seed(2))
+        close(ran(library, steps, x), naive.run(steps, x))
 
 
 @pytest.mark.parametrize("weights", FORMATS)

@@ -10,7 +10,7 @@ from rewriter.algebra import Dense, Sparse
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.pack import runs_of
-from rewriter.backends.kernels.plan import NOTHING, SCRATCH, Copy, Ending, Finish, NotCovered, Product, Y, plan
+from rewriter.backends.kernels.plan import NOTHING, SCRATCH, Copy, Ending, Finish, NotCovered, PlanOps, Product, Y, plan
 from rewriter.operator import AbstractMatrix, AbstractOperator
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.monarch import Monarch
@@ -46,7 +46,7 @@ def test_every_matrix_has_a_plan_or_a_reason(name: str) -> None:
         with pytest.raises(NotCovered, match=REFUSED[name]):
             plan(operator)
         return
-    x = torch.randn(2, 5, operator.shape[1])
+    x = torch.randn(2, 5, operator.shape[1], generator=torch.Generator().manual_seed(1))  # none of which is halfway between steps
     oracle = RoundingOps(blockwise=True, by_row=True) if isinstance(operator, Quantised) else EagerOps()
     close(naive.run(plan(operator), x), operator.product(oracle, x))
 
@@ -107,6 +107,28 @@ def test_sparse_integers_meet_inputs_as_they_are() -> None:
     (step,) = plan(made).steps
     assert isinstance(step, Product) and step.pattern is not None and step.weight.dtype == torch.int8
     close(naive.run(plan(made), x), made.product(EagerOps(), x))
+
+
+@pytest.mark.parametrize("features", [32, 48, 192])
+def test_4_bits_are_multiplied_by_rounded_inputs(features: int) -> None:
+    made = quantised(LowRank(torch.randn(features, 64), torch.randn(64, 10)), 4)
+    assert made is not None
+    x = torch.randn(3, features)
+    assert {(s.bits, s.weight.dtype) for s in plan(made).steps if isinstance(s, Product)} == {(4, torch.int8)}
+    close(naive.run(plan(made), x), made.product(RoundingOps(blockwise=True, by_row=True), x))
+
+
+@pytest.mark.parametrize(
+    ("values", "scales", "reason"),
+    [
+        (torch.zeros(4, 3, dtype=torch.uint8), torch.ones(2, 3), "8 rows in 2 groups are not 8 or a multiple in each"),
+        (torch.zeros(4, 3, dtype=torch.int8), torch.ones(2, 3), "scales for some of a column's rows are known with 4 bits alone"),
+    ],
+)
+def test_integers_that_kernels_do_not_take(values: torch.Tensor, scales: torch.Tensor, reason: str) -> None:
+    ops = PlanOps(8)
+    with pytest.raises(NotCovered, match=reason):
+        ops.scaled(ops.nibbles(values) if values.dtype == torch.uint8 else values, scales)
 
 
 @pytest.mark.parametrize(

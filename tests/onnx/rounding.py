@@ -15,15 +15,26 @@ class Integers(NamedTuple):
     scales: Tensor
 
 
+class Nibbles(NamedTuple):
+    values: Tensor
+
+
 class RoundingOps(EagerOps):
-    """`blockwise`: each block's input has a range of its own, else all blocks share one; `by_row`: each row has."""
+    """`blockwise`: each block's input has a range of its own, else all blocks share one; `by_row`: each row has. Weights of 4 bits
+    meet rounded inputs by row alone."""
 
     def __init__(self, blockwise: bool, by_row: bool = False) -> None:
         super().__init__()
         self.blockwise, self.by_row = blockwise, by_row
 
-    def scaled(self, values: Tensor, scales: Tensor) -> Integers:  # type: ignore[override]
-        return Integers(values, scales)
+    def nibbles(self, packed: Tensor) -> Nibbles:  # type: ignore[override]
+        return Nibbles(super().nibbles(packed))
+
+    def scaled(self, values: Tensor | Nibbles, scales: Tensor) -> Tensor | Integers:  # type: ignore[override]
+        if isinstance(values, Tensor):
+            return Integers(values, scales)
+        rows = values.values.shape[-2] // scales.shape[-2]
+        return Integers(values.values, scales.repeat_interleave(rows, -2)) if self.by_row else super().scaled(values.values, scales)
 
     def scatter(self, values: Tensor | Integers, positions: Tensor, n: int, m: int) -> Tensor | Integers:  # type: ignore[override]
         if isinstance(values, Tensor):

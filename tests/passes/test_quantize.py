@@ -13,6 +13,7 @@ from torch import nn
 
 import rewriter
 from rewriter.backends.kernels.session import coverage
+from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.correct import Correct
 from rewriter.passes.pre_merge import PreMerge
@@ -68,6 +69,31 @@ def test_structured_sites_keep_their_structure(tmp_path: Path) -> None:
         assert d.after.nbytes < old.after.nbytes and d.before == old.before
 
 
+def test_4_bits_by_size(tmp_path: Path) -> None:
+    """Where a group of rows divides the inputs; where none does, 8 bits."""
+    found = decide(tmp_path, Mlp(), Quantize(bits=4), objective="nbytes")
+    for d in found.values():
+        assert isinstance(d.operator, Quantised)
+        bits = 4 if d.operator.shape[1] % 16 == 0 else 8
+        assert d.structure == f"{bits} bits" and d.reason == f"in {bits} bits" and d.operator.bits == bits
+        assert d.error is not None and 0 < d.error < (0.12 if bits == 4 else 0.02)
+    assert {d.structure for d in found.values()} == {"4 bits", "8 bits"}
+
+
+def test_4_bits_where_they_beat_8(tmp_path: Path) -> None:
+    found = decide(tmp_path, Mlp(), Quantize(bits=4), objective="ms", target=FakeTarget(numbers))
+    assert found["second"].structure == "4 bits" and found["second"].reason.startswith("in 4 bits: ")
+    slow = FakeTarget(lambda form: numbers(form) * (9 if getattr(form, "bits", 8) == 4 else 1))
+    found = decide(tmp_path, Mlp(), Quantize(bits=4), objective="ms", target=slow)
+    assert {d.structure for d in found.values()} == {"8 bits"}
+
+
+@pytest.mark.parametrize("bits", [2, 5, 16])
+def test_other_numbers_of_bits_are_refused(bits: int) -> None:
+    with pytest.raises(RewriteError, match=f"quantize:bits={bits} is not allowed; give 8 or 4"):
+        Quantize(bits=bits)
+
+
 def test_dense_sites_may_stay(tmp_path: Path) -> None:
     found = decide(tmp_path, Mlp(), Quantize(dense=False), objective="nbytes")
     assert not any(d.rewritten for d in found.values())
@@ -76,7 +102,7 @@ def test_dense_sites_may_stay(tmp_path: Path) -> None:
 
 def test_other_floats_stay(tmp_path: Path) -> None:
     found = decide(tmp_path, Mlp().half(), tape=MLP.replace("float32", "float16"), objective="nbytes")
-    assert {d.reason for d in found.values()} == {"its weight is float16; 8 bits stand for float32 here"}
+    assert {d.reason for d in found.values()} == {"its weight is float16; integers stand for float32 here"}
 
 
 def test_weights_without_numbers_stay(tmp_path: Path) -> None:
@@ -90,11 +116,22 @@ def rewritten(folder: Path, passes: str, target: str = "onnxruntime", **options:
     return rewriter.rewrite(WideMlp(), passes, [WIDE], **given)
 
 
-@pytest.mark.parametrize("passes", ["quantize", "low-rank:rank=16,quantize", "monarch:blocks=4:rank=4,quantize,pre-merge"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "quantize",
+        "quantize:bits=4",
+        "low-rank:rank=16,quantize:bits=4",
+        "low-rank:rank=16,quantize",
+        "monarch:blocks=4:rank=4,quantize,pre-merge",
+    ],
+)
 def test_a_file_runs_stock_and_with_kernels(passes: str, tmp_path: Path) -> None:
     result = rewritten(tmp_path, passes, force=True)
     assert result.exit_code == 0 and result.path is not None, result.message
-    assert {s.structure.endswith("8 bits") for s in result.report.sites if s.structure} == {True}
+    assert {
+        s.structure.endswith("4 bits" if "=4" in passes.split("quantize")[1] else "8 bits") for s in result.report.sites if s.structure
+    } == {True}
     x = normal(3, 7, 96).numpy()
     stock, fast = ort.InferenceSession(str(result.path)), rewriter.inference_session(result.path)  # type: ignore[attr-defined]
     (a,), (b,) = stock.run(None, {"x": x}), fast.run(None, {"x": x})

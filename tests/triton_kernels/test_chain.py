@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewriter.algebra import BlockDiagonal, Sparse
+from rewriter.algebra import BlockDiagonal, Dense, Sparse
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.plan import ACTIVATIONS, Copy, Ending, Finish, NotCovered, Plan, Product, Step, plan
@@ -105,7 +105,7 @@ def exact(steps: Plan) -> Plan:
     def multiplied(step: Step) -> Step:
         if not isinstance(step, Product) or step.scale is None:
             return step
-        return dataclasses.replace(step, weight=step.weight * step.scale[:, None], scale=None)
+        return dataclasses.replace(step, weight=step.weight * step.scale, scale=None)
 
     return dataclasses.replace(steps, steps=tuple(map(multiplied, steps.steps)))
 
@@ -228,9 +228,13 @@ def test_what_is_added_behind_a_product_is_not_covered() -> None:
         chain.flatten(plan(LowRank(torch.randn(4, 2), torch.randn(2, 3)), Ending(skip=True)))
 
 
-def test_sparse_weights_are_not_covered() -> None:
+def test_sparse_weights_and_4_bits_are_not_covered() -> None:
     with pytest.raises(NotCovered, match="N:M sparse weights have no kernel for a GPU"):
         chain.flatten(plan(Sparse.of(torch.randn(8, 3), 2, 4)))
+    made = quantised(Dense(torch.randn(32, 3)), 4)
+    assert made is not None
+    with pytest.raises(NotCovered, match="weights of 4 bits have no kernel for a GPU"):
+        chain.flatten(plan(made))
 
 
 def test_a_plan_travels_as_tensors_and_text() -> None:

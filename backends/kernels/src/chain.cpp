@@ -35,9 +35,13 @@ struct Panel {
     for (int r = 0; r < R; ++r)  // lines that are written at the end come into the cache meanwhile
       for (int v = 0; v < V && v * LANES < wanted; ++v) __builtin_prefetch(to + (row + r) * to_size + s.at + b * s.p + column + v * LANES, 1, 3);
     typename F::Sum sums[R][V];
-    const auto* w = chain.at<typename F::Weight>(s.weights + b * Chain::block_bytes(s)) + column * units * F::ROWS_A_UNIT;
+    const auto* w = chain.at<typename F::Weight>(s.weights + b * Chain::block_bytes(s)) + column * units * F::WEIGHTS / LANES;
     const float* x = from + row * from_size + s.first + b * s.block;
-    if constexpr (F::ROWS_A_UNIT > 1) {
+    const int64_t groups = Chain::groups(s);
+    if constexpr (std::is_same_v<F, Int4>) {
+      const float* scales = chain.at<float>(s.scales) + (b * all_columns + column) * groups;
+      F::template tile<R, V>(converted.units + (row * s.k + b) * units, s.k * units, w, scales, groups, units / groups, sums);
+    } else if constexpr (F::ROWS_A_UNIT > 1) {
       const Places at{(size_t)(s.k * units), (size_t)units, 0, 1};
       tile<F, R, V>(converted.units + (row * s.k + b) * units, at, w, units, sums);
     } else if (s.entries) {
@@ -47,7 +51,7 @@ struct Panel {
       tile<F, R, V>(x, at, w, Chain::block_rows(s, b), sums);
     }
     const float* scales = chain.at<float>(s.scales) + b * all_columns + column;
-    const int32_t* totals = chain.at<int32_t>(s.scales) + (s.k + b) * all_columns + column;
+    const int32_t* totals = chain.at<int32_t>(s.scales) + (s.k * groups + b) * all_columns + column;  // of 4 bits floats
     const float* bias = s.bias ? chain.at<float>(s.bias) + b * s.p + column : nullptr;
     const bool simple = !bias && s.activation == NONE;
     for (int v = 0; v < V && v * LANES < wanted; ++v) {
@@ -56,7 +60,10 @@ struct Panel {
       const Words total = F::SHIFTED ? load<Words>(totals + v * LANES) : Words{};
       for (int r = 0; r < R; ++r) {
         Floats value;
-        if constexpr (F::SHIFTED) {  // zero times the column's sum comes off, in numbers that may wrap
+        if constexpr (std::is_same_v<F, Int4>) {
+          const size_t task = (row + r) * s.k + b;
+          value = (sums[r][v] - (Floats)total * (float)converted.zero[task]) * converted.scale[task];
+        } else if constexpr (F::SHIFTED) {  // zero times the column's sum comes off, in numbers that may wrap
           const size_t task = (row + r) * s.k + b;
           value = floats((Ints)((Words)sums[r][v] - total * (uint32_t)converted.zero[task])) * (scale * converted.scale[task]);
         } else if constexpr (F::SCALED) {
@@ -114,6 +121,7 @@ struct Panel {
       case BFLOAT16: return panel<Bfloat16>(task, first, last);
       case WEIGHT8: return panel<Weight8>(task, first, last);
       case INT8: return panel<Int8>(task, first, last);
+      case INT4: return panel<Int4>(task, first, last);
     }
   }
 };

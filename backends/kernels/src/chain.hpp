@@ -2,7 +2,8 @@
 //
 // A row of the program is x (n), y (m) and a scratch; a step reads one of them and writes another:
 //   product   to[at + b p + j] = scale[b, j] sum_i from[first + b block + (i / run) jump + (i % run) step] w[b, i, j]; rows b q + i at and
-//             beyond `valid` are zero; where there are `entries`, as many numbers of each column are stored, see sparse.hpp
+//             beyond `valid` are zero; where there are `entries`, as many numbers of each column are stored, see sparse.hpp;
+//             in 4 bits every `each` rows have a scale of their own
 //   copy      for each of `width` runs (from, to, length): so many numbers from there to there, zeros where `from` is negative
 //   finish    y[j] = activation(y[j] + bias[j]) + skip[j], then y = (y - mean) / sqrt(variance + epsilon) * norm[j] + norm[m + j],
 //             each part where it is wanted; skip (rows, m) comes with the call
@@ -49,8 +50,8 @@ struct Threads {
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t rows_a_unit(int64_t format) { return format == INT8 ? 4 : format == BFLOAT16 ? 2 : 1; }
-inline int64_t bytes_a_row(int64_t format) { return format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1; }
+inline int64_t rows_a_unit(int64_t format) { return format == INT8 || format == INT4 ? 4 : format == BFLOAT16 ? 2 : 1; }
+inline int64_t bits_a_row(int64_t format) { return format == FLOAT32 ? 32 : format == BFLOAT16 ? 16 : format == INT4 ? 4 : 8; }
 
 struct Chain {
   const char* data;
@@ -61,14 +62,15 @@ struct Chain {
   template <class T> const T* at(int64_t offset) const { return (const T*)(data + offset); }
   static int64_t units(const Step& s) { return ((s.entries ? s.entries : s.q) + rows_a_unit(s.format) - 1) / rows_a_unit(s.format); }
   static int64_t columns(const Step& s) { return round_up(s.p, LANES); }
-  static int64_t block_bytes(const Step& s) { return units(s) * rows_a_unit(s.format) * columns(s) * bytes_a_row(s.format); }
+  static int64_t block_bytes(const Step& s) { return units(s) * rows_a_unit(s.format) * columns(s) * bits_a_row(s.format) / 8; }
+  static int64_t groups(const Step& s) { return s.format == INT4 ? s.q / s.each : 1; }  // of rows that share a scale
   // Numbers that say which inputs the entries are for, of the panels before a column.
   static int64_t places_before(const Step& s, int64_t column) {
     return s.window ? (s.entries + ENTRIES_A_WORD - 1) / ENTRIES_A_WORD * column : s.entries * ((column + PANEL - 1) / PANEL);
   }
   static int64_t places(const Step& s) { return places_before(s, columns(s)); }
   static int64_t panels(const Step& s) { return (columns(s) + PANEL - 1) / PANEL; }  // of a block
-  static bool converts(const Step& s) { return s.format == BFLOAT16 || s.format == INT8; }
+  static bool converts(const Step& s) { return s.format == BFLOAT16 || s.format == INT8 || s.format == INT4; }
   // Of the block's first `rows` inputs, from the block's own first: the place beyond the last.
   static int64_t reach(const Step& s, int64_t rows) {
     const int64_t runs = rows / s.run, rest = rows % s.run;
@@ -117,11 +119,12 @@ struct Chain {
       return true;
     }
     if (s.kind != PRODUCT || s.k < 1 || s.q < 1 || s.p < 1 || s.run < 1 || s.width > s.k * s.p || s.at + s.width > size(s.to)) return false;
-    if (s.format < FLOAT32 || s.format > INT8 || (s.format == INT8 && s.q > MOST_INT8)) return false;
+    if (s.format < FLOAT32 || s.format > INT4 || (s.format >= INT8 && s.q > MOST_INT8)) return false;
+    if (s.format == INT4 && (s.each < 8 || s.each % 8 || s.q % s.each)) return false;
     for (int64_t b = 0; b < s.k; ++b)
       if (int64_t rows = block_rows(s, b); rows && s.first + b * s.block + reach(s, rows) > size(s.from)) return false;
     if (s.k > MOST / s.q / s.p || (s.entries && !sparse(s)) || !holds(s.weights, s.k * block_bytes(s))) return false;
-    const int64_t scaled = s.format == INT8 ? 2 : s.format == WEIGHT8 ? 1 : 0;  // scales, then the columns' sums
+    const int64_t scaled = s.format >= INT8 ? groups(s) + 1 : s.format == WEIGHT8 ? 1 : 0;  // scales, then the columns' sums
     return holds(s.scales, scaled * s.k * columns(s) * 4) && (!s.bias || holds(s.bias, s.width * 4));
   }
 

@@ -11,7 +11,7 @@ namespace structured {
 // Rows of inputs as a step's format multiplies them.
 struct Converted {
   uint32_t* units;  // (rows, k, units)
-  float* scale;     // (rows, k) of INT8
+  float* scale;     // (rows, k) of integers
   int32_t* zero;    // (rows, k)
 };
 
@@ -113,7 +113,7 @@ inline void convert(const Step& s, const float* from, size_t row_size, const Con
     const int64_t valid = Chain::block_rows(s, b);
     const float* x = gathered(s, from + row * row_size + s.first + b * s.block, valid, side_by_side);
     uint32_t* made = to.units + task * units;
-    if (s.format == INT8) {
+    if (s.format != BFLOAT16) {
       const Range range = to_uint8(x, valid, (uint8_t*)made, units * 4);
       to.scale[task] = range.scale;
       to.zero[task] = range.zero;

@@ -6,7 +6,7 @@
 
 namespace structured {
 
-enum Format : int64_t { FLOAT32, BFLOAT16, WEIGHT8, INT8 };
+enum Format : int64_t { FLOAT32, BFLOAT16, WEIGHT8, INT8, INT4 };
 
 struct Float32 {  // y = x w
   static constexpr bool SCALED = false, SHIFTED = false;
@@ -80,6 +80,45 @@ struct Int8 {  // four rows a unit: uint8 inputs times int8 weights, sums in int
       sum += ((w << (24 - 8 * i)) >> 24) * (int32_t)((x >> (8 * i)) & 0xff);
     }
 #endif
+  }
+};
+
+// As Int8, with weights of 4 bits, 8 added to each: the lower halves of a vector's bytes are a unit, the upper ones the next. A scale for every
+// few units, so sums become floats in between.
+struct Int4 {
+  static constexpr bool SCALED = true, SHIFTED = true;
+  static constexpr int ROWS_A_UNIT = 4;
+  using Input = uint32_t;
+  using Weight = int8_t;
+  using Sum = Floats;
+  static constexpr int WEIGHTS = 2 * LANES;  // bytes of a unit
+  typedef int8_t Bytes __attribute__((vector_size(LANES * 4)));
+  static inline Ints low(Ints pair) { return (Ints)((Bytes)(pair & 0x0f0f0f0f) - (int8_t)8); }
+  static inline Ints high(Ints pair) { return low((Ints)((Words)pair >> 4)); }
+
+  // sums[r][v] = sum over groups g of scales[g][v] * sum over the group's units u of x[r * rows + u] w[u].
+  template <int R, int V>
+  static inline void tile(const uint32_t* x, size_t rows, const int8_t* w, const float* scales, size_t groups, size_t units, Floats (&sums)[R][V]) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sums[r][v] = Floats{};
+    for (size_t g = 0; g < groups; ++g, scales += V * LANES) {
+      Ints whole[R][V] = {};
+      for (size_t u = 0; u < units; u += 2, x += 2, w += V * LANES * 4) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const Ints pair = load<Ints>(w + v * LANES * 4), first = low(pair), second = high(pair);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            Int8::add(whole[r][v], x[r * rows], first);
+            Int8::add(whole[r][v], x[r * rows + 1], second);
+          }
+        }
+      }
+      for (int v = 0; v < V; ++v) {
+        const Floats scale = load<Floats>(scales + v * LANES);
+        for (int r = 0; r < R; ++r) sums[r][v] += floats(whole[r][v]) * scale;
+      }
+    }
   }
 };
 
