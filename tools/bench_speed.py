@@ -3,7 +3,7 @@
     python tools/bench_speed.py [--shapes 768x3072 4096x4096] [--tokens 1 64] [--factors 4] [--threads 1 2]
 
 Of each family a member that stores 1/F of the numbers, F from 2 to 16; N:M sparse ones beside, without a target. Rows: stock operators and
-kernels, each in float32 and in int8.
+kernels, each in float32 and in int8, and in 4 bits (stock: MatMulNBits) for decoding.
 A cell is "times as fast as dense float32 / as dense int8"; weights are cold up to 8 tokens. Before a table is printed, kernels and the
 stock forms in float32 are compared with their plain form; where one is off, the program ends (stock int8 rounds inputs by tensor and is
 held to the same rounding in the tests). Targets stand below each table with what was reached.
@@ -34,6 +34,7 @@ from rewriter.backends.kernels.session import session_of, trusted
 from rewriter.backends.onnx.emit import attach
 from rewriter.backends.onnx.int8 import open_int8
 from rewriter.backends.onnx.measure import FEW_TOKENS, KERNEL, body_call, copies_of, stacked
+from rewriter.backends.onnx.nibbles import NBITS
 from rewriter.backends.onnx.ops import LOWERINGS
 from rewriter.backends.onnx.run import CPU, Session
 from rewriter.operator import AbstractMatrix, flatten
@@ -47,6 +48,7 @@ from rewriter.tolerances import EQUAL
 SHAPES = ("768x768", "768x3072", "3072x768", "1024x4096", "4096x4096")
 TOKENS = (1, 8, 64, 256, 1024)
 FACTORS = (2, 4, 8, 16)
+TARGETED = ("low-rank", "block-dense", "monarch")
 SHARED = 64  # columns with the same rows: a panel of the kernel
 SECONDS = 0.25  # of each form in each cell
 LARGE = 8_000_000  # bytes of a dense weight that no cache holds
@@ -120,18 +122,32 @@ def rows(n: int, m: int, factor: int, tokens: int, threads: int) -> Iterator[Row
     dense = Dense(torch.randn(n, m))
     yield Row(DENSE, "", dense, *timed(dense, tokens, threads, LOWERINGS[0]))
     yield Row(INT8, "", dense, *dense_int8(dense, tokens, threads))
+    halves = quantised(dense, 4)
+    assert halves is not None
+    yield Row("dense", "stock int4", halves, *timed(halves, tokens, threads, NBITS))
+    yield Row("dense", "kernel int4", halves, *timed(halves, tokens, threads, KERNEL))
     for family, form in {**families(n, m, factor), **sparse(n, m, factor)}.items():
         rounded = quantised(form)
         assert rounded is not None
         for suffix, one in (("", form), (" int8", rounded)):
-            for lowering in LOWERINGS if family in ("block-dense", "monarch") else LOWERINGS[:1]:
+            for lowering in LOWERINGS if family in TARGETED[1:] else LOWERINGS[:1]:
                 yield Row(family, f"stock{suffix}", one, *timed(one, tokens, threads, lowering))
             yield Row(family, f"kernel{suffix}", one, *timed(one, tokens, threads, KERNEL))
+        if family in TARGETED:
+            halves = quantised(form, 4)
+            assert halves is not None
+            yield Row(family, "kernel int4", halves, *timed(halves, tokens, threads, KERNEL))
 
 
 def check(n: int, m: int, factor: int, library: Kernels) -> None:
     """SystemExit unless kernel and stock bodies of every form equal the plain form."""
     rtol, atol = EQUAL[torch.float32]
+    forms = {"dense": Dense(_normal(n, m)), **families(n, m, factor)}
+    for family, form in forms.items():
+        x, halves = torch.randn(7, n), quantised(form, 4)
+        assert halves is not None
+        found = session_of(pack(plan(halves), library.layout), n, m, library)({"x": x})["y"]
+        _near(found, naive.run(plan(halves), x), f"{family} {n}x{m} in 4 bits at 1/{factor}")
     for family, form in {**families(n, m, factor), **sparse(n, m, factor)}.items():
         x = torch.randn(7, n)
         wanted = naive.run(plan(form), x)
@@ -143,9 +159,15 @@ def check(n: int, m: int, factor: int, library: Kernels) -> None:
         rounded = quantised(form)
         assert rounded is not None
         integers, expected = session_of(pack(plan(rounded), library.layout), n, m, library)({"x": x})["y"], naive.run(plan(rounded), x)
-        near = (integers - expected).norm() <= EQUAL[torch.bfloat16][0] * expected.norm()  # a sum's last place may round to a next step
-        if not near or not all(torch.allclose(y, wanted, rtol, atol) for y in found):
+        _near(integers, expected, f"{family} {n}x{m} in int8 at 1/{factor}")
+        if not all(torch.allclose(y, wanted, rtol, atol) for y in found):
             raise SystemExit(f"red: {family} {n}x{m} at 1/{factor} differs from its plain form; no figure is printed")
+
+
+def _near(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    """A sum's last place may round to a next step."""
+    if not (found - wanted).norm() <= EQUAL[torch.bfloat16][0] * wanted.norm():
+        raise SystemExit(f"red: {what} differs from its plain form; no figure is printed")
 
 
 def peaks(library: Kernels) -> dict[str, float]:
@@ -170,7 +192,8 @@ def measured(n: int, m: int, factor: int, tokens: int, threads: int, peak: dict[
     seconds = [timing.seconds(i) / row.copies for i, row in enumerate(forms)]
     cells: dict[tuple[str, str], Cell] = {}
     for row, each in zip(forms, seconds, strict=True):
-        arithmetic = peak["int8" if "int8" in row.how or row.family == INT8 else "float32"] * threads
+        integer = row.family == INT8 or "int" in row.how
+        arithmetic = peak["int8" if integer else "float32"] * threads
         cell = Cell(seconds[0] / each, seconds[1] / each, row.form.cost(tokens).flops / 2 / each / arithmetic)
         key = (row.family, row.how)
         cells[key] = max(cells.get(key, cell), cell)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rewriter.backends.kernels.library import FLAGS, SOURCES, compiler, kernels
 from rewriter.backends.kernels.pack import FORMATS, pack
-from rewriter.backends.kernels.plan import Plan, plan
+from rewriter.backends.kernels.plan import PAIR, Plan, plan
 from rewriter.passes.structures.low_rank import LowRank
-from tests.kernels.spelled import spelled
+from tests.kernels.spelled import in_4_bits, spelled
 from tests.kernels.test_chain import agree, ending
 
 DRIVER = Path(__file__).parent / "sanitized.cpp"
@@ -62,9 +62,16 @@ def ran(program: Path, cases: Sequence[Case], folder: Path, threads: int) -> Ite
         data = data[skip.nbytes if finished else 0 :]
 
 
+def chain(seed: int) -> Plan:
+    """Every third in 4 bits where that can be."""
+    operator = spelled(seed, rows=1 if seed % 3 else PAIR)
+    steps = plan(operator, ending(seed, operator.shape[0]))
+    return steps if seed % 3 else in_4_bits(steps)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sound_chains(program: Path, threads: int, tmp_path: Path) -> None:
-    kinds: list[tuple[Plan, str]] = [(plan(spelled(seed), ending(seed, spelled(seed).shape[0])), FORMATS[seed % 4]) for seed in range(200)]
+    kinds: list[tuple[Plan, str]] = [(chain(seed), FORMATS[seed % 4]) for seed in range(200)]
     rows = [(torch.randn(1 + i % 40, steps.inputs), torch.randn(1 + i % 40, steps.outputs)) for i, (steps, _) in enumerate(kinds)]
     cases = [(pack(steps, kernels().layout, weights), *pair) for (steps, weights), pair in zip(kinds, rows, strict=True)]
     for (steps, weights), (x, skip), y in zip(kinds, rows, ran(program, cases, tmp_path, threads), strict=True):
@@ -89,7 +96,7 @@ def test_damaged_chains_are_refused_or_harmless(program: Path, tmp_path: Path) -
     draw = random.Random(0)
     cases: list[Case] = []
     for seed in range(1500):
-        steps = plan(spelled(seed % 60), ending(seed, spelled(seed % 60).shape[0]))
+        steps = chain(seed % 60)
         packed = pack(steps, kernels().layout, FORMATS[seed % 4])
         numbers = packed[: (8 + 27 * len(steps.steps)) * 8].view(torch.int64)
         for _ in range(draw.choice([1, 1, 2])):
