@@ -1,7 +1,8 @@
 """`quantize`: weights in 8 bits with a scale for each column of each block, or in 4 with one for every few rows of it, around whatever form
 a site has by then; dense ones too.
 
-On ONNX Runtime integers are multiplied, with inputs rounded at each call; a site keeps its floats where that is no faster.
+On ONNX Runtime integers are multiplied, with inputs rounded at each call; a site keeps its floats where that is no faster. An output layer
+that is tied to an embedding table reads all of it at each token: where time counts, it gets 8 bits of its own beside the table.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Quantize(AbstractPass):
         """Why the site stays as it is; None where it may be rounded."""
         if earlier.part_of or (earlier.rewritten and not isinstance(earlier.operator, AbstractMatrix)):
             return earlier.reason
-        if not earlier.rewritten and (reason := refusal(site)):
+        beside = site.stays and context.objective == "ms"
+        if not earlier.rewritten and (reason := refusal(replace(site, reason="") if beside else site)):
             return earlier.reason or reason
         if not earlier.rewritten and not self.dense:
             return _joined(earlier.reason, "no earlier pass rewrote this one, and quantize:dense=false leaves those")
@@ -82,13 +84,15 @@ def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moment
         return replace(decision, reason=_joined(decision.reason, "no weight of it is multiplied: nothing to round"))
     made, figures = _weighed(context, floats, forms, decision.after if decision.rewritten else decision.before)
     if made is None:
-        return replace(decision, reason=_joined(decision.reason, figures))
+        return replace(decision, reason=_joined(decision.reason or site.reason, figures))
+    if site.stays:
+        figures = _joined(figures, f"beside the dense matrix, which stays for {', '.join(site.weights['weight'].shared_by)}")
     seen, dense = moments or isotropic(weight.shape[1]), made.dense()
     shift = None if decision.shift is None else seen.shift(weight, dense)
     error = seen.error(weight, dense, shifted=shift is not None)
     structure = f"{decision.structure} in {made.bits} bits" if decision.structure else f"{made.bits} bits"
     reason = _joined(decision.reason if decision.rewritten else "", figures)
-    rounded = replace(decision, reason=reason, after=_cost(site, made), operator=made, structure=structure)
+    rounded = replace(decision, reason=reason, after=_cost(site, made, decision.before), operator=made, structure=structure)
     return replace(rounded, exact=False, error=error, shift=shift)
 
 
@@ -111,10 +115,10 @@ def _weighed(context: Context, floats: AbstractMatrix, forms: Sequence[Quantised
     return best, f"in {best.bits} bits: {', '.join(ratios)}"
 
 
-def _cost(site: Site, made: AbstractMatrix) -> Cost:
-    """Stored once, executed at each place."""
-    one = made.cost()
-    return Cost(one.params, one.flops * len(site.places), one.nbytes)
+def _cost(site: Site, made: AbstractMatrix, dense: Cost) -> Cost:
+    """Stored once, executed at each place; the dense matrix too where it stays."""
+    one, kept = made.cost(), dense if site.stays else Cost(0, 0, 0)
+    return Cost(one.params + kept.params, one.flops * len(site.places), one.nbytes + kept.nbytes)
 
 
 def _joined(*parts: str) -> str:

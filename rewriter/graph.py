@@ -139,6 +139,7 @@ class Site:
     reason: str = ""
     region: Region | None = None  # of attention and recurrences that were read
     form: AbstractMap | None = None  # what the region's nodes compute, exactly
+    stays: bool = False  # `reason` is that something else needs the dense matrix too: a form beside it costs what it stores, no more
 
 
 class Graph(Protocol):

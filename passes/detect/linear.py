@@ -1,7 +1,7 @@
 """Linear sites: one for each stored matrix, with every place that multiplies by it.
 
 A weight used at several places (tied layers) is one site, rewritten once; a weight that something else needs too (an embedding table, a
-place that reads it transposed) is listed and kept, because the dense matrix would have to stay.
+place that reads it transposed) is listed with that as its reason, because the dense matrix would have to stay.
 """
 
 from __future__ import annotations
@@ -121,12 +121,14 @@ def _site(graph: Graph, name: str, group: list[Spelling], crossing: list[str], r
     others = [node for node, _ in graph.storage_users(first.weight) if id(node) not in nodes]
     shared = tuple(sorted({graph.scope(node) or graph.op(node) for node in others}))
     reason = next((s.reason for s in group if s.reason), "") or next((why for s in group if (why := graph.can_splice(s.place))), "")
+    stays = not reason and not crossing and any(read(graph, node) is None for node in others)
     if any(read(graph, node) is None for node in others):
         reason = reason or f"its weight is tied to {', '.join(shared)}: the dense matrix has to stay, a second form would only add to it"
     if crossing:
         reason = reason or f"{', '.join(crossing)} reads the same numbers in another way: the dense matrix has to stay for it"
     ref = WeightRef(graph.stored_name(first.weight), first.weight, first.axes, first.scale, shared)
-    return Site(name, name, "linear", first.shape, graph.dtype(first.weight), tuple(s.place for s in group), {"weight": ref}, None, reason)
+    places, weights = tuple(s.place for s in group), {"weight": ref}
+    return Site(name, name, "linear", first.shape, graph.dtype(first.weight), places, weights, reason=reason, stays=stays)
 
 
 def site_name(graph: Graph, spelling: Spelling) -> str:

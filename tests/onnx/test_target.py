@@ -20,6 +20,7 @@ from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.onnx import lowering, measure
 from rewriter.backends.onnx.emit import finish
 from rewriter.backends.onnx.graph import OnnxGraph
+from rewriter.backends.onnx.int8 import quantise
 from rewriter.backends.onnx.run import Session
 from rewriter.backends.onnx.target import OnnxRuntimeTarget, OnnxTarget
 from rewriter.errors import RewriteError
@@ -271,6 +272,18 @@ def test_batched_weights_do_not_break_the_int8_form(tmp_path: Path) -> None:
     OnnxTarget().emit(OnnxGraph(model(text, 18, {"w": (2, 6, 8), "v": (8, 5)})), path, EmitOptions())
     x = {"x": torch.randn(3, 2, 4, 6)}
     dense, int8 = OnnxTarget().open(path, 1)(x)["y"], OnnxTarget().open_int8(path, 1)(x)["y"]
+    assert not torch.equal(dense, int8)
+    assert (int8 - dense).norm() < dense.norm() - int8.sub(dense).norm()
+
+
+def test_a_tied_output_layer_is_multiplied_in_int8(tmp_path: Path) -> None:
+    """Its weight is the transpose of a table that something else reads as it is stored."""
+    text = "g (int64[B] ids) => (float[B,50] y) { x = Gather(table, ids)  w = Transpose <perm = [1, 0]> (table)  y = MatMul(x, w) }"
+    path = tmp_path / "m.onnx"
+    OnnxTarget().emit(OnnxGraph(model(text, 18, {"table": (50, 6)})), path, EmitOptions())
+    x = {"ids": torch.tensor([3, 7, 49])}
+    dense, int8 = OnnxTarget().open(path, 1)(x)["y"], OnnxTarget().open_int8(path, 1)(x)["y"]
+    assert "MatMulInteger" in [node.op_type for node in onnx.load(str(quantise(path, tmp_path / "int8.onnx"))).graph.node]
     assert not torch.equal(dense, int8)
     assert (int8 - dense).norm() < dense.norm() - int8.sub(dense).norm()
 

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 
 import rewriter
-from rewriter.backends.kernels.session import coverage
+from rewriter.backends.kernels.session import coverage, open_covered
+from rewriter.backends.onnx.run import Session
+from rewriter.backends.onnx.target import OnnxRuntimeTarget
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.correct import Correct
@@ -21,7 +24,7 @@ from rewriter.passes.quantize import Quantize
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.quantised import Quantised
 from rewriter.rule import Decision
-from tests.engine.nets import MLP, WIDE, FakeTarget, Mlp, Net, WideMlp, context, graph, linear, normal
+from tests.engine.nets import MLP, WIDE, FakeTarget, Mlp, Net, WideMlp, as_onnx, context, graph, linear, normal, samples
 from tests.passes.blocks import Blocks, after_two, data
 
 
@@ -98,6 +101,63 @@ def test_dense_sites_may_stay(tmp_path: Path) -> None:
     found = decide(tmp_path, Mlp(), Quantize(dense=False), objective="nbytes")
     assert not any(d.rewritten for d in found.values())
     assert {d.reason for d in found.values()} == {"no earlier pass rewrote this one, and quantize:dense=false leaves those"}
+
+
+class TiedHead(nn.Module):
+    """ids (batch, seq) -> table -> first -> product with the same table -> (batch, seq, 200)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.head = nn.Embedding(200, 32), nn.Linear(32, 32), nn.Linear(32, 200, bias=False)
+        self.table.weight = self.head.weight = nn.Parameter(normal(200, 32))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.first(self.table(ids)))
+        return y
+
+
+TAPE = "ids:int64[batch,seq]"
+TIED = "its weight is tied to table: the dense matrix has to stay"
+
+
+def decide_head(folder: Path, **changes: Any) -> Decision:
+    ids = samples({"ids": torch.arange(200).reshape(40, 5)})
+    return decide(folder, TiedHead(), tape=TAPE, data=ids, **changes)["head"]
+
+
+def test_a_tied_head_by_time_has_8_bits_beside_the_table(tmp_path: Path) -> None:
+    head = decide_head(tmp_path, objective="ms", target=FakeTarget(numbers))
+    assert head.rewritten and head.structure == "8 bits"
+    assert head.reason.startswith("in 8 bits: ") and head.reason.endswith("; beside the dense matrix, which stays for table")
+    assert head.operator is not None and head.after.nbytes == head.before.nbytes + head.operator.cost().nbytes
+
+
+def test_a_tied_head_that_does_not_pay_stays(tmp_path: Path) -> None:
+    by_size = decide_head(tmp_path, objective="nbytes")
+    assert not by_size.rewritten and by_size.reason.startswith(TIED)
+    by_time = decide_head(tmp_path, objective="ms", target=FakeTarget(slow_integers))
+    assert not by_time.rewritten and by_time.reason.startswith(TIED) and "; 8 bits do not pay: " in by_time.reason
+
+
+@pytest.mark.parametrize("source", ["module", "onnx"])
+def test_a_tied_head_in_the_file(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntimeTarget, "measure", lambda _, forms, tokens, threads: [numbers(form) for form in forms])
+    model = TiedHead().eval()
+    given: Any = model if source == "module" else as_onnx(graph(model, TAPE)).model  # type: ignore[attr-defined]
+    specs = [TAPE] if source == "module" else None
+    result = rewriter.rewrite(
+        given, "quantize", specs, "onnxruntime", objective="ms", timing=False, force=True, out=str(tmp_path / "m.onnx")
+    )
+    assert result.exit_code == 0, result.message
+    assert result.report.matched["rewritten"] == 2
+    stored = [list(t.dims) for t in onnx.load(str(tmp_path / "m.onnx")).graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert stored.count([200, 32]) == 1  # the table, which is looked up in floats
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        dense = model(ids)
+    for run in (Session(str(tmp_path / "m.onnx"), 1), open_covered(tmp_path / "m.onnx", 1)):
+        (y,) = run({"ids": ids}).values()
+        assert 0 < float((y - dense).norm() / dense.norm()) < 0.03
 
 
 def test_other_floats_stay(tmp_path: Path) -> None:
