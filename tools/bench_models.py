@@ -2,8 +2,8 @@
 
     python tools/bench_models.py [--budget 0.5] [--minutes 15] [--threads 1] [--tokens 128] [--batches 1 16]
 
-Rows: ONNX Runtime's dense float32 (its own optimiser on), its dynamic int8, torch.compile; then ours: dense weights in 8 bits, and a share
-of the linear layers' numbers, healed for some minutes where asked, in 8 bits; both on stock operators and in kernels. Times are
+Rows: ONNX Runtime's dense float32 (its own optimiser on), its dynamic int8, torch.compile; then ours: dense weights in 8 bits, in 4 bits,
+and a share of the linear layers' numbers, healed for some minutes where asked, in 8 bits; all on stock operators and in kernels. Times are
 medians of calls interleaved in one process; a cell is milliseconds and how many times as fast as ONNX Runtime's int8. Sizes are of
 files, in brackets over the dense one's. The error is 1 - the mean cosine of sentence embeddings with the dense model's, on 600 sentences
 that nothing was fitted to. A row whose outputs are not finite is red, and nothing is printed. Below, the time by operator at the first
@@ -35,6 +35,7 @@ def forms(work: Path, budget: float, minutes: float, threads: int, tokens: str) 
     heal = f",heal:minutes={minutes}" if minutes else ""
     common = {"data": lines, "objective": "nbytes", "tokens": tokens}
     yield from rewritten("8 bits", folder(), "fuse-attention,quantize", work / "8.onnx", threads, **common)
+    yield from rewritten("4 bits", folder(), "fuse-attention,quantize:bits=4", work / "4.onnx", threads, **common)
     share = {"budget": f"params={budget}", "include": ("encoder.*",), **common}
     name = f"{budget} of the numbers, 8 bits"
     yield from rewritten(name, folder(), f"fuse-attention,auto{heal},quantize", work / "share.onnx", threads, **share)
