@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rewriter.ops import Step
-from rewriter.packing import nibbles, unpack
+from rewriter.packing import nibbles, scaled, unpack
 
 
 class EagerOps:
@@ -46,8 +46,7 @@ class EagerOps:
         return nibbles(packed)
 
     def scaled(self, values: Tensor, scales: Tensor) -> Tensor:
-        groups = scales.shape[-2]
-        return values * scales if groups == 1 else (values.unflatten(-2, (groups, -1)) * scales.unsqueeze(-2)).flatten(-3, -2)
+        return scaled(values, scales)
 
     def shuffle(self, x: Tensor, k: int) -> Tensor:
         rows: Tensor = x.unflatten(-1, (k, -1))

@@ -45,3 +45,10 @@ def nibbles(packed: Tensor) -> Tensor:
     """The inverse of `pack_nibbles`, int8."""
     halves: Tensor = torch.stack([packed & 15, packed >> 4], -2).flatten(-3, -2)
     return halves.to(torch.int8) - 8
+
+
+def scaled(values: Tensor, scales: Tensor) -> Tensor:
+    """Whole numbers (..., q, p) times scales (..., g, p), each for q / g neighbouring rows."""
+    groups = scales.shape[-2]
+    made: Tensor = values * scales if groups == 1 else (values.unflatten(-2, (groups, -1)) * scales.unsqueeze(-2)).flatten(-3, -2)
+    return made

@@ -16,7 +16,7 @@ from torch import Tensor
 from rewriter.cost import CostOps, Width
 from rewriter.operator import AbstractMatrix, flatten, skeleton, unflatten
 from rewriter.ops import AnyOps
-from rewriter.packing import nibbles, pack_nibbles
+from rewriter.packing import nibbles, pack_nibbles, scaled
 
 LARGEST = 127  # integers of 8 bits are symmetric about zero
 LEAST = -8  # of 4 bits
@@ -164,9 +164,7 @@ def rounded_to_4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def floats(values: Tensor, scales: Tensor) -> Tensor:
     """The weight that integers and scales say."""
-    whole = nibbles(values) if values.dtype == torch.uint8 else values
-    made: Tensor = (whole.unflatten(-2, (scales.shape[-2], -1)) * scales.unsqueeze(-2)).flatten(-3, -2)
-    return made
+    return scaled(nibbles(values) if values.dtype == torch.uint8 else values, scales)
 
 
 def _bare(form: str) -> AbstractMatrix:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rewriter.backends.kernels.pack import stored_as
 from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Ending, Plan, Product, X, Y
 from rewriter.backends.kernels.recurrences import Sizes
+from rewriter.packing import scaled
 from rewriter.quantised import rounded
 
 ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,7 +56,7 @@ def _stored(step: Product, weights: str) -> Tensor:
     """(k, q, p) as the format rounds it."""
     weight = step.weight.float()
     if step.scale is not None:
-        weight = (weight.unflatten(1, (step.scale.shape[1], -1)) * step.scale[:, :, None]).flatten(1, 2)
+        weight = scaled(weight, step.scale)
     elif weights == "bfloat16":
         weight = weight.bfloat16().float()
     elif weights != "float32":

@@ -85,13 +85,16 @@ def trusted() -> Kernels:
 
 def check(library: Kernels) -> None:
     """RewriteError unless one node of each kind gives what its naive form gives."""
-    from rewriter.algebra import BlockDiagonal, Compose, Dense
+    from rewriter.algebra import BlockDiagonal, Compose, Dense, Sparse
 
     rng = torch.Generator().manual_seed(0)
     floats = Compose((BlockDiagonal(torch.randn(3, 5, 21, generator=rng)), Dense(torch.randn(63, 70, generator=rng))))
-    integers = quantised(Dense(torch.randn(70, 33, generator=rng)))
-    assert integers is not None
-    for operator in (floats, integers):
+    wide = Dense(torch.randn(96, 33, generator=rng))
+    integers, halves = quantised(wide), quantised(wide, 4)
+    assert integers is not None and halves is not None
+    panel = library.layout.panel
+    sparse = [Sparse.of(torch.randn(40, 2 * panel, generator=rng), 2, 4, shared) for shared in (1, panel)]
+    for operator in (floats, integers, halves, *sparse):
         steps = plan(operator, Ending(torch.randn(operator.shape[0], generator=rng), "gelu"))
         x = torch.randn(7, steps.inputs, generator=rng)
         found = session_of(pack(steps, library.layout), steps.inputs, steps.outputs, library)({"x": x})["y"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter.backends.kernels import library, session
+from rewriter.backends.kernels import library, naive, session
+from rewriter.backends.kernels.plan import Plan, Product
 from rewriter.errors import RewriteError
 from rewriter.tolerances import EQUAL
 
@@ -119,6 +120,31 @@ def test_kernels_that_are_wrong_here_are_not_used(rewritten: Path, monkeypatch: 
     monkeypatch.setattr(session.naive, "run", lambda steps, x: torch.zeros(len(x), steps.outputs))
     with pytest.warns(RuntimeWarning, match=r"off by .* from their plain form on this machine; they are not used"):
         agree(rewritten, rewriter.inference_session(rewritten))
+
+
+def _shared(step: Product) -> bool:
+    return step.pattern is not None and bool((step.pattern.rows[:, :1] == step.pattern.rows[:, 1:2]).all())
+
+
+KINDS: dict[str, Callable[[Product], bool]] = {
+    "floats": lambda step: step.scale is None and step.pattern is None,
+    "8 bits": lambda step: step.scale is not None and step.bits == 8,
+    "4 bits": lambda step: step.bits == 4,
+    "a pattern for each column": lambda step: step.pattern is not None and not _shared(step),
+    "a shared pattern": _shared,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_weight_is_tried(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = naive.run
+
+    def wrong(steps: Plan, x: torch.Tensor) -> torch.Tensor:
+        return plain(steps, x) + any(KINDS[kind](step) for step in steps.steps if isinstance(step, Product))
+
+    monkeypatch.setattr(session.naive, "run", wrong)
+    with pytest.raises(RewriteError, match="they are not used"):
+        session.check(library.kernels())
 
 
 def test_an_old_runtime_is_said(rewritten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
