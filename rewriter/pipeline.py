@@ -289,7 +289,7 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
         else:
             nbytes["dense"] = size(dense)
             if options.timing:
-                reference, after = (Reference.of(job.target, dense, options.threads), job.target.open(emitted, options.threads))
+                reference, after = Reference.of(job.target, dense, options.threads), job.target.open(emitted, options.threads)
                 rows = latencies(reference, after, job.graph, job.source.specs, explicit, options.token_counts)
         failure = not_smaller(rows, nbytes, job, len(provenance["report"].encode()))
         shutil.rmtree(folder / "dense")

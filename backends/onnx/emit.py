@@ -20,6 +20,7 @@ from rewriter.backends.onnx.nibbles import NBITS
 from rewriter.backends.onnx.opaque import DOMAIN, VERSION, is_opaque, kind, opaque, overload, spec_of
 from rewriter.backends.onnx.ops import LOWERINGS, function
 from rewriter.backends.onnx.sequence_ops import lowerings, map_function, map_overload
+from rewriter.backends.onnx.shapes import infer
 from rewriter.errors import RewriteError
 from rewriter.operator import skeleton
 
@@ -162,6 +163,7 @@ def check(model: ir.Model) -> None:
             for value in node.outputs:
                 if not value.is_graph_output():
                     value.shape = None
+        infer(model)  # what it can say by itself; kernels ask for shapes
     try:
         full(model)
     except Exception as problem:

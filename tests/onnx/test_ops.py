@@ -71,3 +71,16 @@ def test_bodies_are_the_same_in_every_dtype(name: str, dtype: torch.dtype) -> No
     x = torch.randn(2, 3, operator.shape[1]).to(dtype)
     y = Session(ir.to_proto(model).SerializeToString(), 1)({"x": x})["y0"]
     close(y, operator.product(EagerOps(), x))
+
+
+def test_wrong_hints_of_shapes_give_way_to_what_can_be_inferred() -> None:
+    """Some exporters state shapes that are none; kernels and readers still find the true ones."""
+    x = ir.val("x", ir.DataType.FLOAT, ["batch", 8])
+    inner = ir.node("Relu", [x])
+    outer = ir.node("Neg", inner.outputs)
+    (between,), (y,) = inner.outputs, outer.outputs
+    between.name, between.type, between.shape = "between", x.type, ir.Shape(["batch", 99])
+    y.name, y.type, y.shape = "y", x.type, x.shape
+    model = ir.Model(ir.Graph([x], [y], nodes=[inner, outer], opset_imports={"": 20}, name="hints"), ir_version=10)
+    check(model)
+    assert [str(node.outputs[0].shape) for node in model.graph] == [str(x.shape)] * 2
