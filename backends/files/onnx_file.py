@@ -48,7 +48,21 @@ def load_onnx(path: Path | str) -> ir.Model:
     except Exception as problem:
         raise RewriteError(f"{path}: onnx_ir cannot read the model ({one_line(problem)}); export it again") from problem
     ir.external_data.set_base_dir(model.graph, path.parent)
+    whole_sizes(model)
     return model
+
+
+def whole_sizes(model: ir.Model) -> None:
+    """In place: a size that is called "2" is 2. torch.onnx spells one as a name where a guard fixed a symbol."""
+    for graph in model.graphs():
+        for value in [*graph.inputs, *(v for node in graph for v in node.outputs)]:
+            if value.shape is not None:
+                value.shape = ir.Shape([_whole(dim) for dim in value.shape])
+
+
+def _whole(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    said = dim.value if isinstance(dim, ir.SymbolicDim) else None
+    return int(said) if said is not None and re.fullmatch(r"[0-9]{1,18}", said) else dim
 
 
 def save_onnx(model: ir.Model, path: Path | str, external_above: int = MAX_INLINE_NBYTES) -> None:

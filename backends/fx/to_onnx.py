@@ -16,6 +16,7 @@ import torch
 from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, values
 
 from rewriter.backends.files.archive import one_line
+from rewriter.backends.files.onnx_file import whole_sizes
 from rewriter.backends.fx.custom_op import MAP, SITE
 from rewriter.backends.fx.trace import symbolic_recurrences
 from rewriter.errors import RewriteError
@@ -76,6 +77,7 @@ def to_onnx(program: ExportedProgram, opset: int, output_names: Sequence[str]) -
             first = one_line(cause) or type(error).__name__
             raise RewriteError(f"torch.onnx cannot export this model: {first}; write a .pt2 with --target torch instead") from error
     assert exported is not None
+    whole_sizes(exported.model)
     return exported.model
 
 

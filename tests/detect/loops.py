@@ -287,6 +287,7 @@ class Scan(torch.nn.Module):
 def exported(case: Case, dynamic: bool) -> ExportedProgram:
     """The loop unrolled, or the scan with dynamic batch and length; not to be edited."""
     inputs = tuple(case.feeds().values())
+    torch._dynamo.reset()  # which traces a scan, and fixes sizes that did not vary among the scans that it saw before
     if not dynamic:
         return torch.export.export(Loop(case), inputs)
     axes = [{0: Dim.AUTO, 1: Dim.AUTO}] * len(case.shapes) + [{0: Dim.AUTO}]

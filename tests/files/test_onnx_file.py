@@ -68,6 +68,14 @@ def test_models_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert np.array_equal(weight_of(load_onnx(external(tmp_path, length=None, offset=None))), WEIGHT)
 
 
+def test_a_size_that_is_spelled_as_a_number_is_one(tmp_path: Path) -> None:
+    proto = model()
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "2"
+    graph = load_onnx(written(tmp_path, proto)).graph
+    assert [list(value.shape or ()) for value in (*graph.inputs, *graph.outputs)] == [[2, 64], [2, 64]]
+
+
 @pytest.mark.parametrize("location", ["../w.bin", "/etc/hostname", "a/../../w.bin", "", "C:\\w.bin", "..\\w.bin"])
 def test_data_stays_in_the_folder(location: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"

@@ -310,3 +310,10 @@ def test_a_size_that_a_guard_fixed_is_a_number() -> None:
     graph = FxGraph.of(torch.export.export(Fixed(), (normal(2, 7, 6),), dynamic_shapes=axes))
     length, batch, width = graph.shape(find(graph, "transpose")) or ()
     assert (batch, width) == (2, 6) and isinstance(length, str)
+
+
+def test_a_symbol_that_a_guard_fixed_is_a_number_in_onnx() -> None:
+    g = graph(lambda s, x: s.l(x), normal(2, 8), l=nn.Linear(8, 4))
+    (x,) = [n for n in g.program.graph.find_nodes(op="placeholder") if n.name == "x"]
+    assert not isinstance(x.meta["val"].shape[0], int) and x.meta["val"].shape[0] == 2  # which is a guard
+    assert [list(v.shape) for v in g.to_onnx(20).graph.inputs] == [[2, 8]]
