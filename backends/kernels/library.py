@@ -126,9 +126,14 @@ class Kernels:
         self.library.structured_check.restype = ctypes.c_char_p
         self.library.structured_skips.restype = ctypes.c_int64
         self.library.structured_recurrence.restype = ctypes.c_int64
+        self.library.structured_matrices.restype = ctypes.c_int64
         lanes, panel = ctypes.c_int64(), ctypes.c_int64()
         self.library.structured_layout(ctypes.byref(lanes), ctypes.byref(panel))
         self.layout = Layout(lanes.value, panel.value)
+
+    def matrices(self, wanted: bool = True) -> bool:
+        """Whether products of 8 bits run on matrix registers (AMX) from now on: where the CPU has them, unless they are not wanted."""
+        return bool(self.library.structured_matrices(ctypes.c_int64(wanted)))
 
     def run(
         self, packed: Tensor, x: Tensor, outputs: int, threads: int = 0, out: Tensor | None = None, skip: Tensor | None = None

@@ -26,7 +26,8 @@ def said(action: str, model: str | None) -> str:
     if not found.ready and model is None:
         return "\n".join([*lines, "built     no; `rewrite kernels build` does it, as does the first session that needs them"])
     library = trusted()
-    lines.append(f"built     yes, {library.layout.lanes} floats a vector; one layer under ONNX Runtime equals its plain form")
+    wide = f"{library.layout.lanes} floats a vector{', AMX for 8 bits' * library.matrices()}"
+    lines.append(f"built     yes, {wide}; one layer under ONNX Runtime equals its plain form")
     return "\n".join([*lines, *(_covered(model) if model else [])])
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +16,14 @@ from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.library import Kernels, cpu, kernels
 from rewriter.backends.kernels.pack import FORMATS, pack
 from rewriter.backends.kernels.plan import ACTIVATIONS, PAIR, Ending, Norm, Plan, Product, plan
+from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.monarch import Monarch
 from rewriter.tolerances import EQUAL
 from tests.kernels.spelled import in_4_bits, spelled
-from tests.onnx.models import close
+from tests.onnx.models import close, model
 
 LEVELS = ["native", "portable", *(["avx2"] if "avx2" in cpu() else [])]
 FENCE = 64  # floats around an output that nobody may write
@@ -116,6 +119,49 @@ def test_rows_and_threads_do_not_change_a_row(library: Kernels, rows: int, weigh
     for threads in (1, 2, 3):
         assert ran(library, steps, x, weights, threads)[:9].equal(alone)
     agree(alone, steps, x[:9], weights)
+
+
+@pytest.fixture
+def switched() -> Iterator[Kernels]:
+    """Whose matrix registers may be switched off."""
+    yield kernels()
+    kernels().matrices(True)
+
+
+MATRICES = pytest.mark.skipif("amx_int8" not in cpu(), reason="the CPU has no matrix registers")
+
+
+@MATRICES
+def test_matrix_registers_change_no_bit(switched: Kernels) -> None:
+    """Rows that fill none, some and all of them, with units and columns left over."""
+    for seed in range(300):
+        operator, rng = spelled(seed), torch.Generator().manual_seed(seed)
+        steps = plan(operator, ending(seed, operator.shape[0]))
+        x, skip = (torch.randn(1 + seed * 7 % 100, width, generator=rng) for width in reversed(operator.shape))
+        assert not switched.matrices(False)
+        wanted = ran(switched, steps, x, "int8", 1, skip)
+        agree(wanted, steps, x, "int8", skip)
+        assert switched.matrices(True)
+        assert ran(switched, steps, x, "int8", 1 + seed % 2, skip).equal(wanted)
+
+
+PRODUCT = """
+g (float[R,96] x) => (int32[R,200] y) {
+  q, scale, zero = DynamicQuantizeLinear(x)
+  y = MatMulInteger(q, w, zero)
+}"""
+
+
+@MATRICES
+def test_matrix_registers_are_left_as_they_were() -> None:
+    """ONNX Runtime multiplies on them as well, in the same thread."""
+    weight = torch.randint(-127, 128, (96, 200), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    theirs = Session(ir.to_proto(model(PRODUCT, weights={"w": weight.numpy()})).SerializeToString(), 1)
+    ours, x = plan(_diagonal(torch.randn(1, 96, 200))), torch.randn(64, 96)
+    wanted = theirs({"x": x})["y"]
+    for _ in range(3):
+        ran(kernels(), ours, x, "int8")
+        assert theirs({"x": x})["y"].equal(wanted)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,9 +1,14 @@
 // The steps of a chain, run: panels of columns by tiles of rows, shared among threads.
+#include <optional>
+
 #include "convert.hpp"
+#include "matrices.hpp"
 #include "sparse.hpp"
 
 namespace structured {
 namespace {
+
+constexpr size_t FEW = ROWS;  // rows that are faster without registers of matrices
 
 // What a thread keeps between calls.
 struct Workspace {
@@ -15,7 +20,8 @@ struct Workspace {
   float* rows_of_scratch(size_t wanted) { return at_least(scratch, scratch_held, wanted); }
   Converted converted(const Step& s, size_t rows) {
     if (!Chain::converts(s)) return {};
-    return {at_least(units, units_held, rows * s.k * Chain::units(s)), at_least(scale, scale_held, rows * s.k), at_least(zero, zero_held, rows * s.k)};
+    const size_t whole = round_up(rows, TALLEST) * Chain::row_room(s) + SIDE;  // what registers read, though not use
+    return {at_least(units, units_held, whole), at_least(scale, scale_held, rows * s.k), at_least(zero, zero_held, rows * s.k)};
   }
 };
 
@@ -28,54 +34,77 @@ struct Panel {
   Converted converted;
   float* to;
   size_t to_size;
+  bool matrices;  // this thread's registers are shaped
+
+  int64_t wanted(int64_t b, int64_t column) const { return std::min(s.width - (b * s.p + column), s.p - column); }
+
+  const uint32_t* from_converted(int64_t b, size_t row) const { return converted.units + row * Chain::row_room(s) + b * Chain::room(s); }
+
+  template <class F> const typename F::Weight* weights(int64_t b, int64_t column) const {
+    return chain.at<typename F::Weight>(s.weights + b * Chain::block_bytes(s)) + column * Chain::units(s) * F::WEIGHTS / LANES;
+  }
+
+  // Lines that are written at the end come into the cache meanwhile.
+  template <int R, int V> void awaited(int64_t b, int64_t column, size_t row, int count) const {
+    const int64_t wanted = this->wanted(b, column);
+    const float* first = to + row * to_size + s.at + b * s.p + column;
+    for (int r = 0; r < (R > ROWS ? count : R); ++r)
+      for (int v = 0; v < V && v * LANES < wanted; ++v) __builtin_prefetch(first + r * to_size + v * LANES, 1, 3);
+  }
 
   template <class F, int R, int V> void rows(int64_t b, int64_t column, size_t row) const {
     const int64_t units = Chain::units(s), all_columns = Chain::columns(s);
-    const int64_t wanted = std::min(s.width - (b * s.p + column), s.p - column);
-    for (int r = 0; r < R; ++r)  // lines that are written at the end come into the cache meanwhile
-      for (int v = 0; v < V && v * LANES < wanted; ++v) __builtin_prefetch(to + (row + r) * to_size + s.at + b * s.p + column + v * LANES, 1, 3);
+    awaited<R, V>(b, column, row, R);
     typename F::Sum sums[R][V];
-    const auto* w = chain.at<typename F::Weight>(s.weights + b * Chain::block_bytes(s)) + column * units * F::WEIGHTS / LANES;
+    const auto* w = weights<F>(b, column);
     const float* x = from + row * from_size + s.first + b * s.block;
     const int64_t groups = Chain::groups(s);
     if constexpr (std::is_same_v<F, Int4>) {
       const float* scales = chain.at<float>(s.scales) + (b * all_columns + column) * groups;
-      F::template tile<R, V>(converted.units + (row * s.k + b) * units, s.k * units, w, scales, groups, units / groups, sums);
+      F::template tile<R, V>(from_converted(b, row), Chain::row_room(s), w, scales, groups, units / groups, sums);
     } else if constexpr (F::ROWS_A_UNIT > 1) {
-      const Places at{(size_t)(s.k * units), (size_t)units, 0, 1};
-      tile<F, R, V>(converted.units + (row * s.k + b) * units, at, w, units, sums);
+      const Places at{(size_t)Chain::row_room(s), (size_t)units, 0, 1};
+      tile<F, R, V>(from_converted(b, row), at, w, units, sums);
     } else if (s.entries) {
       sparse_tile<F>(s, x, from_size, w, chain.at<int32_t>(s.places) + Chain::places_before(s, column), sums);
     } else {
       const Places at{from_size, (size_t)s.run, (size_t)s.jump, (size_t)s.step};
       tile<F, R, V>(x, at, w, Chain::block_rows(s, b), sums);
     }
+    ended<F>(b, column, row, sums, R);
+  }
+
+  // The sums of `count` rows, written as they are wanted.
+  template <class F, int R, int V> void ended(int64_t b, int64_t column, size_t row, const typename F::Sum (&sums)[R][V], int count) const {
+    const int64_t all_columns = Chain::columns(s), groups = Chain::groups(s), wanted = this->wanted(b, column);
+    const size_t k = s.k, to_size = this->to_size;  // stores below might change what is not the loop's own
     const float* scales = chain.at<float>(s.scales) + b * all_columns + column;
-    const int32_t* totals = chain.at<int32_t>(s.scales) + (s.k * groups + b) * all_columns + column;  // of 4 bits floats
+    const int32_t* totals = chain.at<int32_t>(s.scales) + (k * groups + b) * all_columns + column;  // of 4 bits floats
     const float* bias = s.bias ? chain.at<float>(s.bias) + b * s.p + column : nullptr;
+    const float* row_scales = converted.scale + row * k + b;
+    const int32_t* row_zeros = converted.zero + row * k + b;
+    float* first = to + row * to_size + s.at + b * s.p + column;
     const bool simple = !bias && s.activation == NONE;
     for (int v = 0; v < V && v * LANES < wanted; ++v) {
-      const int64_t count = std::min<int64_t>(LANES, wanted - v * LANES);
+      const int64_t lanes = std::min<int64_t>(LANES, wanted - v * LANES);
       const Floats scale = F::SCALED ? load<Floats>(scales + v * LANES) : all(1.0f);
       const Words total = F::SHIFTED ? load<Words>(totals + v * LANES) : Words{};
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < (R > ROWS ? count : R); ++r) {  // a number that compilers know keeps sums in registers
         Floats value;
         if constexpr (std::is_same_v<F, Int4>) {
-          const size_t task = (row + r) * s.k + b;
-          value = (sums[r][v] - (Floats)total * (float)converted.zero[task]) * converted.scale[task];
+          value = (sums[r][v] - (Floats)total * (float)row_zeros[r * k]) * row_scales[r * k];
         } else if constexpr (F::SHIFTED) {  // zero times the column's sum comes off, in numbers that may wrap
-          const size_t task = (row + r) * s.k + b;
-          value = floats((Ints)((Words)sums[r][v] - total * (uint32_t)converted.zero[task])) * (scale * converted.scale[task]);
+          value = floats((Ints)((Words)sums[r][v] - total * (uint32_t)row_zeros[r * k])) * (scale * row_scales[r * k]);
         } else if constexpr (F::SCALED) {
           value = sums[r][v] * scale;
         } else {
           value = sums[r][v];
         }
-        float* y = to + (row + r) * to_size + s.at + b * s.p + column + v * LANES;
-        if (simple && count == LANES)
+        float* y = first + r * to_size + v * LANES;
+        if (simple && lanes == LANES)
           store(y, value);
         else
-          put(y, bias ? bias + v * LANES : nullptr, value, count);
+          put(y, bias ? bias + v * LANES : nullptr, value, lanes);
       }
     }
   }
@@ -92,8 +121,35 @@ struct Panel {
     std::memcpy(y, part, count * 4);
   }
 
+#if defined(__AMX_INT8__) && defined(__linux__)
+  template <int TALL, int WIDE> void block(int64_t b, int64_t column, const Columns<WIDE>& of, size_t row, size_t last) const {
+    const int count = (int)std::min(TALL * SIDE, last - row);
+    Ints sums[TALL * SIDE][WIDE];
+    awaited<TALL * (int)SIDE, WIDE>(b, column, row, count);
+    product<TALL>(from_converted(b, row), Chain::row_room(s), of, sums);
+    ended<Int8>(b, column, row, sums, count);
+  }
+
+  // Of one or two vectors of columns, whose weights stay in the first cache, all rows; returned is the row from where there are too few.
+  template <int WIDE> size_t on_matrices(int64_t b, int64_t column, const int8_t* w, size_t next, size_t row, size_t last) const {
+    const Columns<WIDE> of(w, next, Chain::units(s));
+    for (; row + FEW < last; row += TALLEST) last - row > SIDE ? block<2>(b, column, of, row, last) : block<1>(b, column, of, row, last);
+    return row;
+  }
+#endif
+
   template <class F, int V> void all_rows(int64_t b, int64_t column, size_t first, size_t last) const {
     size_t row = first;
+#if defined(__AMX_INT8__) && defined(__linux__)
+    if constexpr (std::is_same_v<F, Int8>) {
+      const int8_t* w = weights<Int8>(b, column);
+      for (int v = 0; matrices && v < V; v += 2, w += 2 * Int8::WEIGHTS) {
+        const int64_t at = column + v * LANES;
+        row = V - v > 1 ? on_matrices<2>(b, at, w, V * Int8::WEIGHTS, first, last) : on_matrices<1>(b, at, w, V * Int8::WEIGHTS, first, last);
+      }
+    }
+    if (row >= last) return;
+#endif
     for (; row + ROWS <= last; row += ROWS) rows<F, ROWS, V>(b, column, row);
     switch (last - row) {  // the same products in the same order whatever the rows beside
       case 1: return rows<F, 1, V>(b, column, row);
@@ -128,7 +184,10 @@ struct Panel {
 
 class Run {
  public:
-  Run(const Chain& chain, const float* x, const float* skip, float* y, size_t rows) : chain_(chain), x_(x), skip_(skip), y_(y), rows_(rows) {}
+  Run(const Chain& chain, const float* x, const float* skip, float* y, size_t rows) : chain_(chain), x_(x), skip_(skip), y_(y), rows_(rows) {
+    for (int64_t i = 0; i < chain.head.steps; ++i) matrices_ |= rows > FEW && chain.steps[i].kind == PRODUCT && chain.steps[i].format == INT8;
+    matrices_ = matrices_ && Matrices::allowed();
+  }
 
   void operator()(const Threads& threads) {
     static thread_local Workspace own;
@@ -137,11 +196,12 @@ class Run {
       if (chain_.steps[i].kind == PRODUCT) weights += chain_.steps[i].k * Chain::block_bytes(chain_.steps[i]);
     const size_t most = 96, least = 2 * ROWS;  // rows of which a scratch stays in the cache
     size_t tile = std::clamp<size_t>((size_t(1) << 17) / std::max<int64_t>(chain_.head.scratch, 1) / ROWS * ROWS, least, most);
+    const size_t grain = matrices_ ? TALLEST : ROWS;
     const bool small = weights * (int64_t)rows_ < (1 << 16);  // waking a thread takes longer
     const bool by_columns = threads.count > 1 && (rows_ < least * threads.count || (weights > SHARED && rows_ <= 4 * most));
     if (!small && by_columns) return columns(threads, own);
     size_t tiles = round_up((rows_ + tile - 1) / tile, small ? 1 : threads.count);  // of like size, as many for each thread
-    tile = round_up((rows_ + tiles - 1) / tiles, ROWS);
+    tile = round_up((rows_ + tiles - 1) / tiles, grain);
     tiles = (rows_ + tile - 1) / tile;
     auto body = [&](size_t i) {
       static thread_local Workspace mine;
@@ -160,6 +220,7 @@ class Run {
   const float *x_, *skip_;
   float* y_;
   size_t rows_;
+  bool matrices_ = false;
 
   struct Place {
     float* data;
@@ -173,12 +234,14 @@ class Run {
 
   Panel panel(const Step& s, size_t row, float* scratch, const Converted& converted) const {
     const Place from = place(s.from, row, scratch), to = place(s.to, row, scratch);
-    return {chain_, s, from.data, from.size, converted, to.data, to.size};
+    return {chain_, s, from.data, from.size, converted, to.data, to.size, matrices_};
   }
   static int64_t panels(const Step& s) { return s.k * Chain::panels(s); }
+  std::optional<Matrices> shape() const { return matrices_ ? std::optional<Matrices>(std::in_place) : std::nullopt; }
 
   void through(size_t first, size_t count, Workspace& mine) {
     float* scratch = mine.rows_of_scratch(count * chain_.head.scratch);
+    const std::optional<Matrices> shaped = shape();
     for (int64_t i = 0; i < chain_.head.steps; ++i) {
       const Step& s = chain_.steps[i];
       if (s.kind != PRODUCT) {
@@ -217,6 +280,7 @@ class Run {
       }
       const int64_t tasks = panels(s), parts = std::min<int64_t>(tasks, threads.count * 4), share = (tasks + parts - 1) / parts;
       auto part = [&](size_t t) {
+        const std::optional<Matrices> shaped = shape();
         for (int64_t task = t * share; task < std::min<int64_t>(tasks, (t + 1) * share); ++task) made(task, 0, rows_);
       };
       threads.each(parts, part);

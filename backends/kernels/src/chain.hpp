@@ -61,6 +61,10 @@ struct Chain {
 
   template <class T> const T* at(int64_t offset) const { return (const T*)(data + offset); }
   static int64_t units(const Step& s) { return ((s.entries ? s.entries : s.q) + rows_a_unit(s.format) - 1) / rows_a_unit(s.format); }
+  // Units that a block of a converted row takes, whole lines of the cache; and a row, whose lines are odd in number: its neighbours' are not
+  // all kept in one place.
+  static int64_t room(const Step& s) { return units(s) < 16 ? units(s) : round_up(units(s), 16); }
+  static int64_t row_room(const Step& s) { return units(s) < 16 ? s.k * units(s) : (s.k * room(s) / 16 | 1) * 16; }
   static int64_t columns(const Step& s) { return round_up(s.p, LANES); }
   static int64_t block_bytes(const Step& s) { return units(s) * rows_a_unit(s.format) * columns(s) * bits_a_row(s.format) / 8; }
   static int64_t groups(const Step& s) { return s.format == INT4 ? s.q / s.each : 1; }  // of rows that share a scale

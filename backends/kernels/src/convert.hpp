@@ -10,14 +10,15 @@ namespace structured {
 
 // Rows of inputs as a step's format multiplies them.
 struct Converted {
-  uint32_t* units;  // (rows, k, units)
+  uint32_t* units;  // (rows, Chain::row_room)
   float* scale;     // (rows, k) of integers
   int32_t* zero;    // (rows, k)
 };
 
+// From the start of a line of the cache.
 template <class T> inline T* at_least(std::unique_ptr<T[]>& buffer, size_t& held, size_t wanted) {
-  if (held < wanted) buffer.reset(new T[held = wanted]);
-  return buffer.get();
+  if (held < wanted) buffer.reset(new T[(held = wanted) + 64 / sizeof(T)]);
+  return (T*)round_up((int64_t)buffer.get(), 64);
 }
 
 // How 8 bits stand for a row of a block: steps of (most - least) / 255, zero among them; NaN where an input is not finite.
@@ -39,12 +40,21 @@ inline Floats part(const float* from, int64_t count) { return (Floats)_mm512_mas
 
 inline Range to_uint8(const float* x, int64_t count, uint8_t* to, int64_t padded) {
   Floats lows = all(0.0f), highs = all(0.0f), odds = all(0.0f);  // comparisons pass NaN over, so sums look for it
-  for (int64_t i = 0; i < count; i += 16) {
-    const Floats v = part(x + i, count - i);
-    lows = (Floats)_mm512_min_ps((__m512)v, (__m512)lows);
-    highs = (Floats)_mm512_max_ps((__m512)v, (__m512)highs);
-    odds += v * 0.0f;
+  Floats more_lows = lows, more_highs = highs, more_odds = odds;
+  const auto seen = [](Floats v, Floats& low, Floats& high, Floats& odd) {
+    low = (Floats)_mm512_min_ps((__m512)v, (__m512)low);
+    high = (Floats)_mm512_max_ps((__m512)v, (__m512)high);
+    odd += v * 0.0f;
+  };
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    seen(load<Floats>(x + i), lows, highs, odds);
+    seen(load<Floats>(x + i + 16), more_lows, more_highs, more_odds);
   }
+  for (; i < count; i += 16) seen(part(x + i, count - i), lows, highs, odds);
+  lows = (Floats)_mm512_min_ps((__m512)more_lows, (__m512)lows);
+  highs = (Floats)_mm512_max_ps((__m512)more_highs, (__m512)highs);
+  odds += more_odds;
   const bool finite = !_mm512_cmp_ps_mask((__m512)odds, (__m512)odds, _CMP_UNORD_Q);
   const __m512 halves = _mm512_min_ps(_mm512_shuffle_f32x4((__m512)lows, (__m512)-highs, 0x44), _mm512_shuffle_f32x4((__m512)lows, (__m512)-highs, 0xee));
   __m512 both = _mm512_min_ps(halves, _mm512_permute_ps(halves, 0x4e));  // lows in the lower half, highs turned round in the upper
@@ -53,11 +63,9 @@ inline Range to_uint8(const float* x, int64_t count, uint8_t* to, int64_t padded
   const Range range(both[0], -both[8], finite ? 0.0f : NAN);
   const __m512 inverse = _mm512_set1_ps(range.inverse);
   const __m512i zero = _mm512_set1_epi32(range.zero);
-  for (int64_t i = 0; i < padded; i += 16) {
-    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)part(x + i, std::max<int64_t>(count - i, 0)), inverse));
-    v = _mm512_max_epi32(_mm512_add_epi32(v, zero), _mm512_setzero_si512());
-    _mm512_mask_cvtusepi32_storeu_epi8(to + i, first(padded - i), v);
-  }
+  const auto stepped = [&](Floats v) { return _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32((__m512)v * inverse), zero), _mm512_setzero_si512()); };
+  for (i = 0; i + 16 <= count; i += 16) _mm_storeu_si128((__m128i*)(to + i), _mm512_cvtusepi32_epi8(stepped(load<Floats>(x + i))));
+  for (; i < padded; i += 16) _mm512_mask_cvtusepi32_storeu_epi8(to + i, first(padded - i), stepped(part(x + i, std::max<int64_t>(count - i, 0))));
   return range;
 }
 #else
@@ -112,7 +120,7 @@ inline void convert(const Step& s, const float* from, size_t row_size, const Con
     const size_t row = task / s.k, b = task % s.k;
     const int64_t valid = Chain::block_rows(s, b);
     const float* x = gathered(s, from + row * row_size + s.first + b * s.block, valid, side_by_side);
-    uint32_t* made = to.units + task * units;
+    uint32_t* made = to.units + row * Chain::row_room(s) + b * Chain::room(s);
     if (s.format != BFLOAT16) {
       const Range range = to_uint8(x, valid, (uint8_t*)made, units * 4);
       to.scale[task] = range.scale;

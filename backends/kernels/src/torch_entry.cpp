@@ -1,4 +1,5 @@
 // The plain C entry: what the packed form looks like, and a run on raw pointers, its threads OpenMP's.
+#include "matrices.hpp"
 #include "recurrence.hpp"
 
 #if defined(_OPENMP)
@@ -37,7 +38,26 @@ template <class F> static int64_t peak(int64_t repeats) {
   return repeats * UNITS * ROWS * PANEL * F::ROWS_A_UNIT;
 }
 
+#if defined(__AMX_INT8__) && defined(__linux__)
+static int64_t peak_on_matrices(int64_t repeats) {
+  constexpr size_t UNITS = 8 * SIDE, NEXT = 2 * Int8::WEIGHTS;
+  alignas(64) static const uint32_t inputs[TALLEST * UNITS] = {};
+  alignas(64) static const int8_t weights[UNITS * NEXT] = {};
+  Ints sums[TALLEST][2];
+  const Columns<2> of(weights, NEXT, UNITS);
+  const Matrices shaped;
+  for (int64_t i = 0; i < repeats; ++i) product<2>(inputs, UNITS, of, sums);
+  return repeats * UNITS * Int8::ROWS_A_UNIT * TALLEST * 2 * SIDE;
+}
+#endif
+
 extern "C" {
+
+// Whether products of 8 bits run on matrix registers from now on, where there are any.
+int64_t structured_matrices(int64_t wanted) {
+  matrices_wanted = wanted != 0;
+  return Matrices::allowed();
+}
 
 void structured_layout(int64_t* lanes, int64_t* panel) {
   *lanes = LANES;
@@ -76,7 +96,11 @@ void structured_recur(const void* sizes, const float* const* in, float* const* o
 int64_t structured_peak(int64_t format, int64_t repeats) {
   switch (format) {
     case BFLOAT16: return peak<Bfloat16>(repeats);
-    case INT8: return peak<Int8>(repeats);
+    case INT8:
+#if defined(__AMX_INT8__) && defined(__linux__)
+      if (Matrices::allowed()) return peak_on_matrices(repeats);
+#endif
+      return peak<Int8>(repeats);
     default: return peak<Float32>(repeats);
   }
 }
