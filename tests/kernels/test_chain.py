@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
 
 from rewriter.backends.kernels import naive
-from rewriter.backends.kernels.library import Kernels, cpu, kernels
+from rewriter.backends.kernels.library import Kernels, compiler, cpu, kernels
 from rewriter.backends.kernels.pack import FORMATS, pack
 from rewriter.backends.kernels.plan import ACTIVATIONS, PAIR, Ending, Norm, Plan, Product, plan
-from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.monarch import Monarch
 from rewriter.tolerances import EQUAL
 from tests.kernels.spelled import in_4_bits, spelled
-from tests.onnx.models import close, model
+from tests.onnx.models import close
 
 LEVELS = ["native", "portable", *(["avx2"] if "avx2" in cpu() else [])]
 FENCE = 64  # floats around an output that nobody may write
@@ -145,23 +145,30 @@ def test_matrix_registers_change_no_bit(switched: Kernels) -> None:
         assert ran(switched, steps, x, "int8", 1 + seed % 2, skip).equal(wanted)
 
 
-PRODUCT = """
-g (float[R,96] x) => (int32[R,200] y) {
-  q, scale, zero = DynamicQuantizeLinear(x)
-  y = MatMulInteger(q, w, zero)
-}"""
+SHAPES = """
+#include <immintrin.h>
+extern "C" void shape(const void* to) { _tile_loadconfig(to); }
+extern "C" void shaped(void* to) { _tile_storeconfig(to); }
+extern "C" void release() { _tile_release(); }
+"""
 
 
 @MATRICES
-def test_matrix_registers_are_left_as_they_were() -> None:
-    """ONNX Runtime multiplies on them as well, in the same thread."""
-    weight = torch.randint(-127, 128, (96, 200), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    theirs = Session(ir.to_proto(model(PRODUCT, weights={"w": weight.numpy()})).SerializeToString(), 1)
-    ours, x = plan(_diagonal(torch.randn(1, 96, 200))), torch.randn(64, 96)
-    wanted = theirs({"x": x})["y"]
-    for _ in range(3):
+def test_matrix_registers_are_left_as_they_were(tmp_path: Path) -> None:
+    """Others multiply on them as well, in the same thread."""
+    (tmp_path / "shapes.cpp").write_text(SHAPES)
+    made = tmp_path / "shapes.so"
+    subprocess.run([compiler(), "-shared", "-fPIC", "-mamx-tile", str(tmp_path / "shapes.cpp"), "-o", str(made)], check=True)
+    library, ours, x = ctypes.CDLL(str(made)), plan(_diagonal(torch.randn(1, 96, 200))), torch.randn(64, 96)
+    ran(kernels(), ours, x, "int8")  # from here on the system lets this process use them
+    wanted = bytes([1, *[0] * 15, *[32, 0] * 8, *[0] * 16, *[7] * 8, *[0] * 8])  # palette 1; 7 rows of 32 bytes
+    for given in (wanted, bytes(64)):
+        library.shape(given) if given[0] else library.release()
         ran(kernels(), ours, x, "int8")
-        assert theirs({"x": x})["y"].equal(wanted)
+        found = ctypes.create_string_buffer(64)
+        library.shaped(found)
+        assert found.raw == given
+    library.release()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
