@@ -41,9 +41,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _interruptible() -> None:
+    """A shell has what it starts in the background, perhaps this test run, ignore interrupts; children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(folder: Path, *args: str, **how: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "REWRITER_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": _interruptible, **how}
     return subprocess.Popen([REWRITE, *args], cwd=folder, env=environment, text=True, **given)  # type: ignore[call-overload, no-any-return]
 
 
