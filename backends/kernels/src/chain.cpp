@@ -81,8 +81,9 @@ struct Panel {
     const float* scales = chain.at<float>(s.scales) + b * all_columns + column;
     const int32_t* totals = chain.at<int32_t>(s.scales) + (k * groups + b) * all_columns + column;  // of 4 bits floats
     const float* bias = s.bias ? chain.at<float>(s.bias) + b * s.p + column : nullptr;
-    const float* row_scales = converted.scale + row * k + b;
-    const int32_t* row_zeros = converted.zero + row * k + b;
+    const float* row_scales = converted.scale;
+    const int32_t* row_zeros = converted.zero;
+    const size_t task = row * k + b;
     float* first = to + row * to_size + s.at + b * s.p + column;
     const bool simple = !bias && s.activation == NONE;
     for (int v = 0; v < V && v * LANES < wanted; ++v) {
@@ -92,9 +93,9 @@ struct Panel {
       for (int r = 0; r < (R > ROWS ? count : R); ++r) {  // a number that compilers know keeps sums in registers
         Floats value;
         if constexpr (std::is_same_v<F, Int4>) {
-          value = (sums[r][v] - (Floats)total * (float)row_zeros[r * k]) * row_scales[r * k];
+          value = (sums[r][v] - (Floats)total * (float)row_zeros[task + r * k]) * row_scales[task + r * k];
         } else if constexpr (F::SHIFTED) {  // zero times the column's sum comes off, in numbers that may wrap
-          value = floats((Ints)((Words)sums[r][v] - total * (uint32_t)row_zeros[r * k])) * (scale * row_scales[r * k]);
+          value = floats((Ints)((Words)sums[r][v] - total * (uint32_t)row_zeros[task + r * k])) * (scale * row_scales[task + r * k]);
         } else if constexpr (F::SCALED) {
           value = sums[r][v] * scale;
         } else {
@@ -121,7 +122,7 @@ struct Panel {
     std::memcpy(y, part, count * 4);
   }
 
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(STRUCTURED_AMX)
   template <int TALL, int WIDE> void block(int64_t b, int64_t column, const Columns<WIDE>& of, size_t row, size_t last) const {
     const int count = (int)std::min(TALL * SIDE, last - row);
     Ints sums[TALL * SIDE][WIDE];
@@ -140,7 +141,7 @@ struct Panel {
 
   template <class F, int V> void all_rows(int64_t b, int64_t column, size_t first, size_t last) const {
     size_t row = first;
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(STRUCTURED_AMX)
     if constexpr (std::is_same_v<F, Int8>) {
       const int8_t* w = weights<Int8>(b, column);
       for (int v = 0; matrices && v < V; v += 2, w += 2 * Int8::WEIGHTS) {

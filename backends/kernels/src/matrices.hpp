@@ -6,6 +6,7 @@
 
 #include "formats.hpp"
 #if defined(__AMX_INT8__) && defined(__linux__)
+#define STRUCTURED_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,7 +16,7 @@ namespace structured {
 constexpr size_t SIDE = 16;  // rows, units and columns of a register
 inline std::atomic<bool> matrices_wanted{true};
 
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(STRUCTURED_AMX)
 constexpr size_t TALLEST = 2 * SIDE;
 
 // What was written lies in memory: compilers do not know that the instructions below read it.

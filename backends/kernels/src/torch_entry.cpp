@@ -38,7 +38,7 @@ template <class F> static int64_t peak(int64_t repeats) {
   return repeats * UNITS * ROWS * PANEL * F::ROWS_A_UNIT;
 }
 
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(STRUCTURED_AMX)
 static int64_t peak_on_matrices(int64_t repeats) {
   constexpr size_t UNITS = 8 * SIDE, NEXT = 2 * Int8::WEIGHTS;
   alignas(64) static const uint32_t inputs[TALLEST * UNITS] = {};
@@ -97,7 +97,7 @@ int64_t structured_peak(int64_t format, int64_t repeats) {
   switch (format) {
     case BFLOAT16: return peak<Bfloat16>(repeats);
     case INT8:
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(STRUCTURED_AMX)
       if (Matrices::allowed()) return peak_on_matrices(repeats);
 #endif
       return peak<Int8>(repeats);
