@@ -51,6 +51,13 @@ def spelled(seed: int, widest: int = 90, most_products: int = 3, sparse: bool = 
     return Spelled((width, n), tuple(words))  # type: ignore[return-value]
 
 
+def shuffled_blocks(k: int, q: int, p: int) -> AbstractMatrix:
+    """Blocks (k, q, p) of a shuffled x, which they read one number here and one there."""
+    weight: Tensor = torch.randn(k, q, p) / q**0.5
+    words = (lambda ops, x: ops.shuffle(x, k)), (lambda ops, x: ops.block_matmul(x, ops.const(weight)))
+    return Spelled((k * p, k * q), words)  # type: ignore[return-value]
+
+
 def _divisor(draw: random.Random, width: int) -> int:
     return draw.choice([d for d in range(1, width + 1) if width % d == 0])
 

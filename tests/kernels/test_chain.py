@@ -22,7 +22,7 @@ from rewriter.operator import AbstractMatrix
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.monarch import Monarch
 from rewriter.tolerances import EQUAL
-from tests.kernels.spelled import in_4_bits, spelled
+from tests.kernels.spelled import in_4_bits, shuffled_blocks, spelled
 from tests.onnx.models import close
 
 LEVELS = ["native", "portable", *(["avx2"] if "avx2" in cpu() else [])]
@@ -119,6 +119,20 @@ def test_rows_and_threads_do_not_change_a_row(library: Kernels, rows: int, weigh
     for threads in (1, 2, 3):
         assert ran(library, steps, x, weights, threads)[:9].equal(alone)
     agree(alone, steps, x[:9], weights)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("rows", [12, 13, 96, 99, 230])
+def test_weights_in_parts_change_no_bit_of_a_row(switched: Kernels, library: Kernels, rows: int, weights: str) -> None:
+    """More weights than the first cache holds, inputs in one run and in many; rows that fill tiles and groups of tiles, and do not."""
+    switched.matrices(False)
+    for operator in (LowRank(torch.randn(1400, 69) / 37, torch.randn(69, 30) / 8), shuffled_blocks(2, 700, 70)):
+        steps = plan(operator, ending(3, operator.shape[0]))
+        x, skip = torch.randn(rows, steps.inputs), torch.randn(rows, steps.outputs)
+        found = ran(library, steps, x, weights, 1, skip)
+        alone = [ran(library, steps, x[i : i + 1], weights, 1, skip[i : i + 1]) for i in (*range(14), rows - 1) if i < rows]
+        assert torch.cat([found[: min(rows, 14)], found[-1:]]).equal(torch.cat(alone))
+        agree(found, steps, x, weights, skip)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rewriter.backends.kernels.library import FLAGS, SOURCES, compiler, kernels
 from rewriter.backends.kernels.pack import FORMATS, pack
 from rewriter.backends.kernels.plan import PAIR, Plan, plan
 from rewriter.passes.structures.low_rank import LowRank
-from tests.kernels.spelled import in_4_bits, spelled
+from tests.kernels.spelled import in_4_bits, shuffled_blocks, spelled
 from tests.kernels.test_chain import agree, ending
 
 DRIVER = Path(__file__).parent / "sanitized.cpp"
@@ -72,6 +72,7 @@ def chain(seed: int) -> Plan:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sound_chains(program: Path, threads: int, tmp_path: Path) -> None:
     kinds: list[tuple[Plan, str]] = [(chain(seed), FORMATS[seed % 4]) for seed in range(200)]
+    kinds += [(plan(shuffled_blocks(2, 700, 33)), weights) for weights in FORMATS]  # weights in parts, of 21 to 24 rows
     rows = [(torch.randn(1 + i % 40, steps.inputs), torch.randn(1 + i % 40, steps.outputs)) for i, (steps, _) in enumerate(kinds)]
     cases = [(pack(steps, kernels().layout, weights), *pair) for (steps, weights), pair in zip(kinds, rows, strict=True)]
     for (steps, weights), (x, skip), y in zip(kinds, rows, ran(program, cases, tmp_path, threads), strict=True):

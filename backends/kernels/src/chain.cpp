@@ -9,6 +9,8 @@ namespace structured {
 namespace {
 
 constexpr size_t FEW = ROWS;  // rows that are faster without registers of matrices
+constexpr int64_t PART = LANES == 16 ? 24 << 10 : 16 << 10;  // bytes of weights that stay in the first cache beside rows and sums
+constexpr size_t WAITING = 16 * ROWS;                        // rows whose sums may wait
 
 // What a thread keeps between calls.
 struct Workspace {
@@ -52,26 +54,46 @@ struct Panel {
       for (int v = 0; v < V && v * LANES < wanted; ++v) __builtin_prefetch(first + r * to_size + v * LANES, 1, 3);
   }
 
-  template <class F, int R, int V> void rows(int64_t b, int64_t column, size_t row) const {
-    const int64_t units = Chain::units(s), all_columns = Chain::columns(s);
-    awaited<R, V>(b, column, row, R);
+  template <class F> int64_t units(int64_t b) const { return F::ROWS_A_UNIT > 1 ? Chain::units(s) : Chain::block_rows(s, b); }
+
+  // Of units begin <= u < end: sums go on from what waits unless these are the first, and wait unless these are the last.
+  template <class F, int R, int V>
+  void rows(int64_t b, int64_t column, size_t row, int64_t begin, int64_t end, bool ahead, typename F::Sum (*waiting)[V]) const {
     typename F::Sum sums[R][V];
-    const auto* w = weights<F>(b, column);
-    const float* x = from + row * from_size + s.first + b * s.block;
-    const int64_t groups = Chain::groups(s);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sums[r][v] = begin ? waiting[r][v] : typename F::Sum{};
+    const typename F::Weight* w = weights<F>(b, column) + begin * V * F::WEIGHTS;
+    auto add = [&](const auto* x, const Places& at) {
+      ahead ? tile<F, true>(x, at, w, begin, end, sums) : tile<F, false>(x, at, w, begin, end, sums);
+    };
+    const bool last = end == units<F>(b);
+    if (last) awaited<R, V>(b, column, row, R);
     if constexpr (std::is_same_v<F, Int4>) {
-      const float* scales = chain.at<float>(s.scales) + (b * all_columns + column) * groups;
-      F::template tile<R, V>(from_converted(b, row), Chain::row_room(s), w, scales, groups, units / groups, sums);
+      const int64_t groups = Chain::groups(s);
+      const float* scales = chain.at<float>(s.scales) + (b * Chain::columns(s) + column) * groups;
+      F::template tile<R, V>(from_converted(b, row), Chain::row_room(s), w, scales, groups, Chain::units(s) / groups, sums);
     } else if constexpr (F::ROWS_A_UNIT > 1) {
-      const Places at{(size_t)Chain::row_room(s), (size_t)units, 0, 1};
-      tile<F, R, V>(from_converted(b, row), at, w, units, sums);
+      const Places at{(size_t)Chain::row_room(s), (size_t)Chain::units(s), 0, 1};
+      add(from_converted(b, row), at);
     } else if (s.entries) {
-      sparse_tile<F>(s, x, from_size, w, chain.at<int32_t>(s.places) + Chain::places_before(s, column), sums);
+      const int32_t* places = chain.at<int32_t>(s.places) + Chain::places_before(s, column);
+      sparse_tile<F>(s, from + row * from_size + s.first, from_size, w, places, sums);
     } else {
       const Places at{from_size, (size_t)s.run, (size_t)s.jump, (size_t)s.step};
-      tile<F, R, V>(x, at, w, Chain::block_rows(s, b), sums);
+      add(from + row * from_size + s.first + b * s.block, at);
     }
-    ended<F>(b, column, row, sums, R);
+    if (last) return ended<F>(b, column, row, sums, R);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) waiting[r][v] = sums[r][v];
+  }
+
+  // Weights of which the first cache holds only a part: that part for all rows, whose sums wait, then the next.
+  template <class F, int V> void by_parts(int64_t b, int64_t column, size_t first, size_t last, int64_t part) const {
+    typename F::Sum waiting[WAITING][V];
+    for (int64_t begin = 0, units = this->units<F>(b); begin < units; begin += part)
+      tiles(first, last, [&](auto size, size_t row) {
+        rows<F, size, V>(b, column, row, begin, std::min(begin + part, units), row == first, waiting + (row - first));
+      });
   }
 
   // The sums of `count` rows, written as they are wanted.
@@ -151,13 +173,23 @@ struct Panel {
     }
     if (row >= last) return;
 #endif
-    for (; row + ROWS <= last; row += ROWS) rows<F, ROWS, V>(b, column, row);
-    switch (last - row) {  // the same products in the same order whatever the rows beside
-      case 1: return rows<F, 1, V>(b, column, row);
-      case 2: return rows<F, 2, V>(b, column, row);
-      case 3: return rows<F, 3, V>(b, column, row);
-      case 4: if constexpr (ROWS > 4) return rows<F, 4, V>(b, column, row); break;
-      case 5: if constexpr (ROWS > 5) return rows<F, 5, V>(b, column, row); break;
+    const int64_t units = this->units<F>(b);
+    const int64_t bytes = units * V * F::WEIGHTS * sizeof(typename F::Weight);
+    const int64_t parts = std::is_same_v<F, Int4> || s.entries ? 1 : (bytes + PART / 2) / PART;
+    for (; parts > 1 && last - row >= 2 * ROWS; row = std::min(last, row + WAITING))
+      by_parts<F, V>(b, column, row, std::min(last, row + WAITING), (units + parts - 1) / parts);
+    tiles(row, last, [&](auto size, size_t at) { rows<F, size, V>(b, column, at, 0, units, size == ROWS, nullptr); });
+  }
+
+  // body(how many, the first of them) for all rows; the same products in the same order whatever the rows beside.
+  template <class Body> static void tiles(size_t row, size_t last, Body body) {
+    for (; row + ROWS <= last; row += ROWS) body(std::integral_constant<int, ROWS>{}, row);
+    switch (last - row) {
+      case 1: return body(std::integral_constant<int, 1>{}, row);
+      case 2: return body(std::integral_constant<int, 2>{}, row);
+      case 3: return body(std::integral_constant<int, 3>{}, row);
+      case 4: if constexpr (ROWS > 4) return body(std::integral_constant<int, 4>{}, row); break;
+      case 5: if constexpr (ROWS > 5) return body(std::integral_constant<int, 5>{}, row); break;
     }
   }
 

@@ -135,21 +135,22 @@ struct Places {
   size_t run, jump, step;
 };
 
-// sums[r][v] = sum over units u of x[r * rows + place(u)] w[u], for R rows and V vectors of columns; what comes after w is fetched ahead.
-template <class F, int R, int V>
-inline void tile(const typename F::Input* x, const Places& at, const typename F::Weight* w, size_t units, typename F::Sum (&sums)[R][V]) {
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = typename F::Sum{};
-  const typename F::Weight* next = w + units * V * F::WEIGHTS;
-  for (size_t left = units; left;) {
-    const size_t count = at.run < left ? at.run : left;
-    const typename F::Input* from = x;
+// sums[r][v] += sum over units begin <= u < end of x[r * rows + place(u)] w[u], for R rows and V vectors of columns; w is of unit `begin`.
+// AHEAD: as many weights behind these are fetched meanwhile.
+template <class F, bool AHEAD, int R, int V>
+inline void tile(const typename F::Input* x, const Places& at, const typename F::Weight* w, size_t begin, size_t end, typename F::Sum (&sums)[R][V]) {
+  const typename F::Weight* next = w + (end - begin) * V * F::WEIGHTS;
+  size_t inside = 0;
+  if (begin) x += begin / at.run * at.jump, inside = begin % at.run;
+  for (size_t left = end - begin; left; inside = 0) {
+    const size_t count = at.run - inside < left ? at.run - inside : left;
+    const typename F::Input* from = x + inside * at.step;
     for (size_t u = 0; u < count; ++u) {
       decltype(F::weights(w)) columns[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         columns[v] = F::weights(w + v * F::WEIGHTS);
-        if (R == ROWS) __builtin_prefetch(next + v * F::WEIGHTS, 0, 2);
+        if (AHEAD) __builtin_prefetch(next + v * F::WEIGHTS, 0, 2);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {

@@ -28,8 +28,8 @@ template <class F> static int64_t peak(int64_t repeats) {
   static const typename F::Input inputs[UNITS * ROWS] = {};
   typename F::Sum total{};
   for (int64_t i = 0; i < repeats; ++i) {
-    typename F::Sum sums[ROWS][VECTORS];
-    tile<F, ROWS, VECTORS>(inputs, Places{UNITS, UNITS, 0, 1}, weights, UNITS, sums);
+    typename F::Sum sums[ROWS][VECTORS] = {};
+    tile<F, false>(inputs, Places{UNITS, UNITS, 0, 1}, weights, 0, UNITS, sums);
     for (auto& row : sums)
       for (auto& sum : row) total += sum;
   }
