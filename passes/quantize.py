@@ -1,6 +1,10 @@
 """`quantize`: weights in 8 bits with a scale for each column of each block, or in 4 with one for every few rows of it, around whatever form
 a site has by then; dense ones too.
 
+Factors are rounded in their balanced gauge: W = A B is also (A G)(G^-1 B), and rounding sees the difference. Rows that others are combined
+from are rounded worst, their error times coefficients up to 50: pivoted factors become plain ones, or are multiplied out where those would
+be larger.
+
 On ONNX Runtime integers are multiplied, with inputs rounded at each call; a site keeps its floats where that is no faster. An output layer
 that is tied to an embedding table reads all of it at each token: where time counts, it gets 8 bits of its own beside the table.
 """
@@ -13,13 +17,14 @@ from typing import ClassVar
 
 import torch
 
-from rewriter.algebra import Dense
+from rewriter.algebra import Compose, Dense, Permutation
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.fit import keep, refusal, usable_weight
 from rewriter.graph import Graph, Site
 from rewriter.moments import Moments, isotropic
 from rewriter.operator import AbstractMatrix
+from rewriter.passes.structures.low_rank import LowRank, LowRankStructure
 from rewriter.quantised import BITS, Quantised, quantised
 from rewriter.rule import AbstractPass, Context, Decision
 
@@ -79,7 +84,8 @@ def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moment
     before = before or Dense(weight.T.contiguous())
     assert isinstance(before, AbstractMatrix)
     floats = before.to(torch.float32)
-    forms = [made for b in BITS if b >= bits and (made := quantised(floats, b)) is not None and made.bits == b]
+    even, structure = _evened(floats, decision.structure)
+    forms = [made for b in BITS if b >= bits and (made := quantised(even, b)) is not None and made.bits == b]
     if not forms:
         return replace(decision, reason=_joined(decision.reason, "no weight of it is multiplied: nothing to round"))
     made, figures = _weighed(context, floats, forms, decision.after if decision.rewritten else decision.before)
@@ -90,10 +96,24 @@ def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moment
     seen, dense = moments or isotropic(weight.shape[1]), made.dense()
     shift = None if decision.shift is None else seen.shift(weight, dense)
     error = seen.error(weight, dense, shifted=shift is not None)
-    structure = f"{decision.structure} in {made.bits} bits" if decision.structure else f"{made.bits} bits"
+    structure = f"{structure} in {made.bits} bits" if structure else f"{made.bits} bits"
     reason = _joined(decision.reason if decision.rewritten else "", figures)
     rounded = replace(decision, reason=reason, after=_cost(site, made, decision.before), operator=made, structure=structure)
     return replace(rounded, exact=False, error=error, shift=shift)
+
+
+def _evened(operator: AbstractMatrix, structure: str) -> tuple[AbstractMatrix, str]:
+    """The same matrix in the form that rounds best, and its structure; none where that is a dense weight."""
+    even = operator.balanced()
+    if isinstance(even, Compose) and [type(f) for f in even.factors] == [LowRank, Permutation]:
+        factors, order = even.factors
+        assert isinstance(factors, LowRank) and isinstance(order, Permutation)
+        even = LowRank(factors.down, factors.up[:, order.index])
+    if not isinstance(even, LowRank) or isinstance(operator, LowRank):
+        return even, structure
+    if even.cost().params >= operator.shape[0] * operator.shape[1]:
+        return Dense(operator.dense().T.contiguous()), ""
+    return even, replace(LowRankStructure(), rank=len(even.up)).spelling()
 
 
 def _weighed(context: Context, floats: AbstractMatrix, forms: Sequence[Quantised], before: Cost) -> tuple[Quantised | None, str]:

@@ -13,16 +13,19 @@ import torch
 from torch import nn
 
 import rewriter
+from rewriter.algebra import Compose, Dense, Permutation
 from rewriter.backends.kernels.session import coverage, open_covered
 from rewriter.backends.onnx.run import Session
 from rewriter.backends.onnx.target import OnnxRuntimeTarget
 from rewriter.errors import RewriteError
+from rewriter.fit import site_cost
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.correct import Correct
 from rewriter.passes.pre_merge import PreMerge
 from rewriter.passes.quantize import Quantize
 from rewriter.passes.structures.low_rank import LowRank
-from rewriter.quantised import Quantised
+from rewriter.passes.structures.pivoted_low_rank import PivotedLowRank
+from rewriter.quantised import Quantised, quantised
 from rewriter.rule import Decision
 from tests.engine.nets import MLP, WIDE, FakeTarget, Mlp, Net, WideMlp, as_onnx, context, graph, linear, normal, samples
 from tests.passes.blocks import Blocks, after_two, data
@@ -70,6 +73,49 @@ def test_structured_sites_keep_their_structure(tmp_path: Path) -> None:
         assert d.reason == f"{old.reason}; in 8 bits"
         assert d.error is not None and old.error is not None and d.error >= 0.9 * old.error
         assert d.after.nbytes < old.after.nbytes and d.before == old.before
+
+
+@pytest.mark.parametrize("rows", ["neighbours", "anywhere"])
+def test_pivots_are_not_rounded(rows: str, tmp_path: Path) -> None:
+    """An error of a row that others are made of would reach them times their coefficients."""
+    down, up = normal(24, 6), normal(6, 32, seed=2)
+    up[:, 6] = up[:, 5] + 0.05 * up[:, 6]  # so that the fifth and sixth row say much by their difference
+    inside, others = up[:, 5:11], torch.cat([up[:, :5], up[:, 11:]], 1)
+    pivoted = PivotedLowRank(down @ inside, torch.linalg.solve(inside, others), 5)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    given = pivoted if rows == "neighbours" else Compose((pivoted, Permutation(order, 32)))
+    d = after_given(tmp_path, given, "pivoted-low-rank:rank=6")
+    assert isinstance(d.operator, Quantised) and isinstance(d.operator.inside, LowRank) and d.structure == "low-rank:rank=6 in 8 bits"
+    as_it_was = quantised(given)
+    assert as_it_was is not None
+    off, off_as_it_was = ((form.dense() - given.dense()).norm() / given.dense().norm() for form in (d.operator, as_it_was))
+    assert off < 0.01 < 0.02 < off_as_it_was
+
+
+def test_plain_factors_that_would_be_larger_are_multiplied_out(tmp_path: Path) -> None:
+    given = PivotedLowRank(normal(24, 16), normal(16, 16, seed=2), 0)  # 640 numbers; plain factors 896, all of it 768
+    d = after_given(tmp_path, given, "pivoted-low-rank:rank=16")
+    assert isinstance(d.operator, Quantised) and isinstance(d.operator.inside, Dense) and d.structure == "8 bits"
+    assert (d.operator.dense() - given.dense()).norm() < 0.01 * given.dense().norm()
+
+
+def test_factors_of_unlike_columns_are_balanced_first(tmp_path: Path) -> None:
+    scale = torch.logspace(-3, 3, 6)
+    given = LowRank(normal(24, 6) / scale, scale[:, None] * normal(6, 32, seed=2))
+    d = after_given(tmp_path, given, "low-rank:rank=6")
+    assert d.operator is not None and d.structure == "low-rank:rank=6 in 8 bits"
+    assert isinstance(d.operator, Quantised) and (d.operator.dense() - given.dense()).norm() < 0.01 * given.dense().norm()
+
+
+def after_given(folder: Path, operator: AbstractMatrix, structure: str) -> Decision:
+    """What becomes of a site that an earlier pass made this."""
+    g = graph(Net(lambda n, x: n.one(x), one=linear(operator.dense())), MLP)
+    c = context(g, folder, objective="nbytes")
+    (site,) = c.selected
+    g.splice(site, operator, None)
+    c.decisions[site.id] = Decision(site, "given", site_cost(site), operator.cost(), operator, structure)
+    (d,) = Quantize().run(g, c)
+    return d
 
 
 def test_4_bits_by_size(tmp_path: Path) -> None:
