@@ -1,10 +1,10 @@
 """all-MiniLM-L6-v2 as a whole on the CPU: what a user already has, and what we make of it: time, size and error side by side.
 
-    python tools/bench_models.py [--budget 0.5] [--minutes 15] [--threads 1] [--tokens 128] [--batches 1 16]
+    python tools/bench_models.py [--budgets 0.5] [--minutes 15] [--threads 1] [--tokens 128] [--batches 1 16] [--keep FOLDER]
 
 Rows: ONNX Runtime's dense float32 (its own optimiser on), its dynamic int8, torch.compile; then ours: dense weights in 8 bits, in 4 bits,
-and a share of the linear layers' numbers, healed for some minutes where asked, in 8 bits; all on stock operators and in kernels. Times are
-medians of calls interleaved in one process; a cell is milliseconds and how many times as fast as ONNX Runtime's int8. Sizes are of
+and shares of the linear layers' numbers, each healed for some minutes where asked, in 8 bits; all on stock operators and in kernels. Times
+are medians of calls interleaved in one process; a cell is milliseconds and how many times as fast as ONNX Runtime's int8. Sizes are of
 files, in brackets over the dense one's. The error is 1 - the mean cosine of sentence embeddings with the dense model's, on 600 sentences
 that nothing was fitted to. A row whose outputs are not finite is red, and nothing is printed. Below, the time by operator at the first
 batch, of dense float32 and of ours in kernels. A decoder: bench_decoder.py.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,16 +29,17 @@ CALIBRATION, JUDGES = 2048, 600  # sentences
 SECONDS = 4.0  # of each form at each batch
 
 
-def forms(work: Path, budget: float, minutes: float, threads: int, tokens: str) -> Iterator[Form]:
+def forms(work: Path, budgets: Sequence[float], minutes: float, threads: int, tokens: str) -> Iterator[Form]:
     lines = gather(CALIBRATION)
     yield from dense_forms(stored_forms(work, lines[:8])["onnx"], _compiled(threads), threads)
     heal = f",heal:minutes={minutes}" if minutes else ""
     common = {"data": lines, "objective": "nbytes", "tokens": tokens}
     yield from rewritten("8 bits", folder(), "fuse-attention,quantize", work / "8.onnx", threads, **common)
     yield from rewritten("4 bits", folder(), "fuse-attention,quantize:bits=4", work / "4.onnx", threads, **common)
-    share = {"budget": f"params={budget}", "include": ("encoder.*",), **common}
-    name = f"{budget} of the numbers, 8 bits"
-    yield from rewritten(name, folder(), f"fuse-attention,auto{heal},quantize", work / "share.onnx", threads, **share)
+    for budget in budgets:
+        share = {"budget": f"params={budget}", "include": ("encoder.*",), **common}
+        name = f"{budget} of the numbers, 8 bits"
+        yield from rewritten(name, folder(), f"fuse-attention,auto{heal},quantize", work / f"{budget}.onnx", threads, **share)
 
 
 def _compiled(threads: int) -> Run:
@@ -73,15 +74,18 @@ def errors(found: list[Form]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--budgets", type=float, nargs="*", default=(0.5,))
     parser.add_argument("--minutes", type=float, default=15, help="of healing; 0: none")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 16))
+    parser.add_argument("--keep", type=Path, help="where the models stay; what lies there is not made again")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder_of_work:
+    with tempfile.TemporaryDirectory() as passing:
+        work = given.keep or Path(passing)
+        work.mkdir(parents=True, exist_ok=True)
         asked = ",".join(str(b * given.tokens) for b in given.batches)
-        found = list(forms(Path(folder_of_work), given.budget, given.minutes, given.threads, asked))
+        found = list(forms(work, given.budgets, given.minutes, given.threads, asked))
         inputs = {f"at {b} x {given.tokens}": feeds(b, given.tokens) for b in given.batches}
         title = f"{given.threads} thread{'s' * (given.threads > 1)}"
         show(found, Shown(inputs, ("1 - cosine", errors(found)), title, SECONDS))

@@ -6,14 +6,17 @@ What is not covered stays as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor
 
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.kernels.following import Following, following
+from rewriter.backends.kernels.heads import KIND, Heads, heads_of
 from rewriter.backends.kernels.library import Kernels
 from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import NotCovered, for_session
@@ -26,7 +29,7 @@ from rewriter.errors import RewriteError
 from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, skeleton, unflatten
 from rewriter.quantised import Quantised
 
-DOMAIN, OP, RECURRENCE = "structured.kernels", "Chain", "Recurrence"
+DOMAIN, OP, RECURRENCE = "structured.kernels", "Chain", "Recurrence"  # and an attention's own name
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,11 @@ class _Cover:
         try:
             operator = _operator(node, self.constants)
             if isinstance(operator, AbstractMap):
-                return self._recurrence(node, operator, site)
+                sizes = taken(operator, self.library)
+                made = self._attention(node, operator, sizes) if isinstance(sizes, Heads) else self._recurrence(node, sizes)
+                made.name = self.names.unused(f"{made.op_type}_{site}")
+                self.constants.forget()
+                return Covered(site, node.op_type, "")
             assert isinstance(operator, AbstractMatrix)
             found = following(node.outputs[0], operator.shape[0], self.constants)
             packed = pack(for_session(operator, found.ending), self.library.layout)
@@ -78,16 +85,50 @@ class _Cover:
         self.constants.forget()
         return Covered(site, said, "", found.said)
 
-    def _recurrence(self, node: ir.Node, operator: AbstractMap, site: str) -> Covered:
+    def _recurrence(self, node: ir.Node, sizes: Sizes) -> ir.Node:
         """One Recurrence with the node's own inputs and outputs."""
-        made = recurrence_node(node.inputs, taken(operator, self.library), self.threads)
-        made.name = self.names.unused(f"{RECURRENCE}_{site}")
+        made = recurrence_node(node.inputs, sizes, self.threads)
         assert node.graph is not None
         node.graph.insert_after(node, made)
         for old, new in zip(node.outputs, made.outputs, strict=True):
             self._takes_over(new, old)
-        self.constants.forget()
-        return Covered(site, node.op_type, "")
+        return made
+
+    def _attention(self, node: ir.Node, operator: AbstractMap, sizes: Heads) -> ir.Node:
+        """One Attention from before its inputs' transposes to behind its output's."""
+        before = [turned(value) for value in node.inputs[:3]]
+        after = turned_after(node.outputs[0])
+        bits = [value is not None for value in (*before, after)]
+        sizes = replace(sizes, turned=sum(bit << i for i, bit in enumerate(bits)))
+        given = [found or value for found, value in zip(before, node.inputs[:3], strict=True)]
+        made = attention_node([*given, *self._added(node, operator)], sizes, self.threads)
+        end = after or node.outputs[0]
+        producer = end.producer()
+        assert producer is not None and producer.graph is not None
+        producer.graph.insert_after(producer, made)
+        self._takes_over(made.outputs[0], end)
+        return made
+
+    def _added(self, node: ir.Node, operator: AbstractMap) -> list[ir.Value]:
+        """The masks as one that is added, or nothing."""
+        named = {name: value for name, value in zip(operator.inputs(), node.inputs, strict=False) if value is not None}
+        mask, bias = named.get("mask"), named.get("bias")
+        if mask is not None and "mask" in operator.booleans():
+            hidden: Any = getattr(operator, "hidden", None)
+            mask = self._before(node, "Where", [mask, *(self._number(n) for n in (0.0, hidden))])
+        if mask is not None and bias is not None:
+            mask = self._before(node, "Add", [mask, bias])
+        return [value for value in [mask or bias] if value is not None]
+
+    def _before(self, node: ir.Node, kind: str, inputs: Sequence[ir.Value]) -> ir.Value:
+        made = ir.node(kind, inputs, name=self.names.unused(f"{kind}_mask"))
+        made.outputs[0].name, made.outputs[0].type = self.names.unused("mask"), ir.TensorType(ir.DataType.FLOAT)
+        assert node.graph is not None
+        node.graph.insert_before(node, made)
+        return made.outputs[0]
+
+    def _number(self, number: float) -> ir.Value:
+        return store(self.model, self.names, torch.tensor(number), "number")
 
     def _takes_over(self, new: ir.Value, old: ir.Value) -> None:
         """Everything that was read from the old value is read from the new one, by its name."""
@@ -108,9 +149,9 @@ class _Cover:
         self._takes_over(chain.outputs[0], end)
 
 
-def taken(operator: AbstractOperator, library: Kernels) -> Sizes:
-    """What the kernel is to do for a recurrence; NotCovered where it has nothing for it."""
-    sizes = sizes_of(operator)
+def taken(operator: AbstractOperator, library: Kernels) -> Sizes | Heads:
+    """What the kernel is to do for a map; NotCovered where it has nothing for it."""
+    sizes = heads_of(operator) if type(operator).__name__ == KIND else sizes_of(operator)
     if not library.takes(sizes):
         raise NotCovered("its sizes do not fit together, or are larger than the kernel takes")
     return sizes
@@ -137,6 +178,30 @@ def recurrence_node(inputs: Sequence[ir.Value | None], sizes: Sizes, threads: in
     return ir.Node(DOMAIN, RECURRENCE, inputs, options, num_outputs=2, version=1)
 
 
+def attention_node(inputs: Sequence[ir.Value | None], sizes: Heads, threads: int) -> ir.Node:
+    """Attention(query, key, value[, what is added to the scores])."""
+    options = [ir.AttrInt64(name, value) for name, value in {**sizes.attributes(), "threads": threads}.items()]
+    return ir.Node(DOMAIN, KIND, inputs, options, version=1)
+
+
+def turned(value: ir.Value | None) -> ir.Value | None:
+    """What a value of four axes is the transpose of, heads and time exchanged."""
+    producer = None if value is None else value.producer()
+    return producer.inputs[0] if producer is not None and _turns(producer) else None
+
+
+def turned_after(value: ir.Value) -> ir.Value | None:
+    """The same behind a value that is used for nothing else."""
+    uses = list(value.uses())
+    alone = len(uses) == 1 and not value.is_graph_output() and _turns(uses[0].node)
+    return uses[0].node.outputs[0] if alone else None
+
+
+def _turns(node: ir.Node) -> bool:
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and node.domain in ("", "ai.onnx") and perm is not None and list(perm.as_ints()) == [0, 2, 1, 3]
+
+
 def named(node: ir.Node) -> str:
     """The structure, that of a quantised one with its bits."""
     spec, _ = spec_of(node)
@@ -150,8 +215,9 @@ def _operator(node: ir.Node, constants: Constants) -> AbstractOperator:
     operator, leaves = skeleton(spec)
     names = list(operator.inputs()) if isinstance(operator, AbstractMap) else ["x"]
     given, factors = node.inputs[: len(names)], node.inputs[len(names) :]
-    for value in given:
-        if value is None or value.dtype not in (ir.DataType.FLOAT, None):
+    for name, value in zip(names, given, strict=False):
+        boolean = isinstance(operator, AbstractMap) and name in operator.booleans()
+        if value is None or value.dtype not in (ir.DataType.BOOL if boolean else ir.DataType.FLOAT, None):
             raise NotCovered(f"its input is {value.dtype if value is not None else 'absent'}; kernels take float32")
     if len(factors) != len(leaves) or any(v is None or not constants.is_const(v) for v in factors):
         raise NotCovered("its weights are not stored in the model")

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rewriter.backends.kernels.heads import Heads, call
 from rewriter.backends.kernels.pack import Layout
 from rewriter.backends.kernels.recurrences import Sizes
 from rewriter.cache import default_folder, digest, write_atomically
@@ -126,6 +127,7 @@ class Kernels:
         self.library.structured_check.restype = ctypes.c_char_p
         self.library.structured_skips.restype = ctypes.c_int64
         self.library.structured_recurrence.restype = ctypes.c_int64
+        self.library.structured_attention.restype = ctypes.c_int64
         self.library.structured_matrices.restype = ctypes.c_int64
         lanes, panel = ctypes.c_int64(), ctypes.c_int64()
         self.library.structured_layout(ctypes.byref(lanes), ctypes.byref(panel))
@@ -152,8 +154,10 @@ class Kernels:
         self.library.structured_run(*pointers, ctypes.c_int64(len(rows)), ctypes.c_int64(threads or torch.get_num_threads()))
         return y.reshape(*x.shape[:-1], outputs)
 
-    def takes(self, sizes: Sizes) -> bool:
-        """Whether the sizes of a recurrence fit together, within what the kernel's arithmetic holds."""
+    def takes(self, sizes: Sizes | Heads) -> bool:
+        """Whether the sizes of a recurrence, or an attention, fit together, within what the kernel's arithmetic holds."""
+        if isinstance(sizes, Heads):
+            return bool(self.library.structured_attention(sizes.packed()))
         return bool(self.library.structured_recurrence(sizes.packed(), ctypes.c_int64(1), ctypes.c_int64(1), (ctypes.c_int64 * 8)()))
 
     def recur(self, sizes: Sizes, inputs: Sequence[Tensor], outputs: Sequence[Sequence[int]], threads: int = 0) -> list[Tensor]:
@@ -169,6 +173,24 @@ class Kernels:
         pointers = [(ctypes.c_void_p * len(ts))(*[t.data_ptr() for t in ts]) for ts in (given, made)]
         self.library.structured_recur(sizes.packed(), *pointers, batch, time, ctypes.c_int64(threads or torch.get_num_threads()))
         return made
+
+    def attend(self, sizes: Heads, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, threads: int = 0) -> Tensor:
+        """Tensors as the sizes say they lie, a float32 mask of four axes that broadcasts and is added -> the output; RewriteError where an
+        input does not fit."""
+        given = {"query": query, "key": key, "value": value}
+        lengths = {name: x.shape[1 if sizes.is_turned(name) else 2] for name, x in given.items()}
+        fits = all(x.shape == sizes.shape(name, len(query), lengths["query" if name == "query" else "key"]) for name, x in given.items())
+        whole = (len(query), sizes.heads, lengths["query"], lengths["key"])
+        spread = mask is None or all(n in (1, m) for n, m in zip(mask.shape, whole, strict=True))
+        floats = all(x is None or x.dtype == torch.float32 for x in (*given.values(), mask))
+        if not (self.takes(sizes) and fits and spread and floats):
+            raise RewriteError(f"the kernel does not take {[f'{x.dtype} {list(x.shape)}' for x in given.values()]} for {sizes}")
+        added = None if mask is None else mask.contiguous()
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out = query.new_empty(sizes.shape("output", len(query), lengths["query"]))
+        said = call(sizes, query, key, value, added, out)
+        self.library.structured_attend(sizes.packed(), said, ctypes.c_int64(threads or torch.get_num_threads()))
+        return out
 
     def _check(self, packed: Tensor, rows: Tensor, outputs: int) -> None:
         wrong = self.library.structured_check(ctypes.c_void_p(packed.data_ptr()), ctypes.c_int64(packed.numel()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rewriter.backends.kernels.heads import Heads
 from rewriter.backends.kernels.pack import stored_as
 from rewriter.backends.kernels.plan import SCRATCH, ZERO, Copy, Ending, Plan, Product, X, Y
 from rewriter.backends.kernels.recurrences import Sizes
@@ -121,3 +122,12 @@ def recurrence(of: Sizes, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         for n in range(group):
             out[b, t, head, n] = q[b, t, head * group + n if of.queries >= of.heads else head * of.queries // of.heads] @ s[b, head]
     return out.flatten(2), s
+
+
+def attention(of: Heads, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """What the kernel of attention gives, of tensors (batch, heads, time, width)."""
+    key, value = (x.repeat_interleave(of.heads // of.shared, 1) for x in (key, value))
+    scores = of.scale * query @ key.mT + mask
+    if of.causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return scores.softmax(-1) @ value

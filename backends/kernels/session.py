@@ -16,6 +16,7 @@ import torch
 from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.kernels import naive
 from rewriter.backends.kernels.covering import DOMAIN, Covered, chain_node, cover, recurrence_node
+from rewriter.backends.kernels.heads import Heads
 from rewriter.backends.kernels.library import Kernels, kernels
 from rewriter.backends.kernels.pack import pack
 from rewriter.backends.kernels.plan import Ending, plan
@@ -109,6 +110,9 @@ def check(library: Kernels) -> None:
         wanted = naive.recurrence(matrices, inputs)
         for found, expected in zip(library.recur(matrices, inputs, [y.shape for y in wanted], 1), wanted, strict=True):
             _compared(found, expected)
+    heads = Heads(heads=4, shared=2, key=5, width=70, scale=0.5, causal=True)
+    query, key, value, mask = (torch.randn(shape, generator=rng) for shape in ((2, 4, 9, 5), (2, 2, 9, 5), (2, 2, 9, 70), (2, 1, 1, 9)))
+    _compared(library.attend(heads, query, key, value, mask, 1), naive.attention(heads, query, key, value, mask))
 
 
 def _compared(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -27,9 +27,9 @@ from rewriter.backends.onnx.opaque import SPEC
 from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
 from rewriter.operator import AbstractRecurrence, flatten
-from rewriter.passes.structures.attention import Attention
 from rewriter.passes.structures.diagonal_recurrence import DiagonalRecurrence
 from rewriter.passes.structures.linear_attention import LinearAttention
+from rewriter.passes.structures.monarch_attention import MonarchAttention
 from tests.detect.loops import CASES, exported
 from tests.kernels.recurrent import given, inputs, recurrence, wanted
 from tests.kernels.test_chain import LEVELS
@@ -143,8 +143,8 @@ def test_sizes_that_do_not_fit_together_are_refused(change: dict[str, int]) -> N
 
 
 def test_other_maps_are_left_alone() -> None:
-    with pytest.raises(NotCovered, match="no kernel for Attention"):
-        sizes_of(Attention.random(torch.Generator().manual_seed(0)))
+    with pytest.raises(NotCovered, match="no kernel for MonarchAttention"):
+        sizes_of(MonarchAttention.random(torch.Generator().manual_seed(0)))
 
 
 def model(operator: AbstractRecurrence) -> ir.Model:

@@ -33,8 +33,8 @@ def built(form: Attention, how: str, opset: int, dtype: torch.dtype) -> ir.Model
     return model
 
 
-def agrees(form: Attention, model: ir.Model, given: list[Tensor]) -> None:
-    (got,) = Session(ir.to_proto(model).SerializeToString(), 1)(dict(zip(form.inputs(), given, strict=True))).values()
+def agrees(form: Attention, model: ir.Model, given: list[Tensor], library: str = "") -> None:
+    (got,) = Session(ir.to_proto(model).SerializeToString(), 1, library=library)(dict(zip(form.inputs(), given, strict=True))).values()
     exact = [x.double() if x.is_floating_point() else x for x in given]
     rtol, atol = EQUAL[got.dtype]
     torch.testing.assert_close(got, form.apply(EagerOps(), *exact)[0].to(got.dtype), rtol=rtol, atol=atol, equal_nan=True)

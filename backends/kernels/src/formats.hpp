@@ -167,4 +167,16 @@ inline void tile(const typename F::Input* x, const Places& at, const typename F:
   }
 }
 
+// body(how many, the first of them) for all rows; the same products in the same order whatever the rows beside.
+template <class Body> inline void tiles(size_t row, size_t last, Body body) {
+  for (; row + ROWS <= last; row += ROWS) body(std::integral_constant<int, ROWS>{}, row);
+  switch (last - row) {
+    case 1: return body(std::integral_constant<int, 1>{}, row);
+    case 2: return body(std::integral_constant<int, 2>{}, row);
+    case 3: return body(std::integral_constant<int, 3>{}, row);
+    case 4: if constexpr (ROWS > 4) return body(std::integral_constant<int, 4>{}, row); break;
+    case 5: if constexpr (ROWS > 5) return body(std::integral_constant<int, 5>{}, row); break;
+  }
+}
+
 }  // namespace structured

@@ -101,10 +101,9 @@ ort::CustomOp chain_op() {
 extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   const ort::Api* api = base->get_api(ort::API_VERSION);
   if (!api) return nullptr;  // an ONNX Runtime before 1.17: who loads the library has asked for its version first
-  static const ort::CustomOp chain = chain_op(), recurrence = recurrence_op();
+  static const ort::CustomOp operators[] = {chain_op(), recurrence_op(), attention_op()};
   ort::CustomOpDomain* domain = nullptr;
   RETURN_IF_WRONG(api->create_domain(DOMAIN, &domain));
-  RETURN_IF_WRONG(api->add_to_domain(domain, &chain));
-  RETURN_IF_WRONG(api->add_to_domain(domain, &recurrence));
+  for (const ort::CustomOp& op : operators) RETURN_IF_WRONG(api->add_to_domain(domain, &op));
   return api->add_domain(options, domain);
 }

@@ -59,6 +59,7 @@ ort::CustomOp operation(const char* name, decltype(ort::CustomOp::create_kernel_
   return op;
 }
 
+ort::CustomOp attention_op();
 ort::CustomOp recurrence_op();
 
 }  // namespace structured

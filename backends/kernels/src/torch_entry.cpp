@@ -1,5 +1,6 @@
 // The plain C entry: what the packed form looks like, and a run on raw pointers, its threads OpenMP's.
 #include "matrices.hpp"
+#include "attention.hpp"
 #include "recurrence.hpp"
 
 #if defined(_OPENMP)
@@ -90,6 +91,13 @@ int64_t structured_recurrence(const void* sizes, int64_t batch, int64_t time, in
 // Inputs as counted above, (batch, time, numbers), (batch, numbers) or (numbers); outputs (batch, time, outputs) and (batch, state).
 void structured_recur(const void* sizes, const float* const* in, float* const* out, int64_t batch, int64_t time, int64_t threads) {
   run(*(const Recurrence*)sizes, in, out, batch, time, Threads{threads_of(threads), openmp, nullptr});
+}
+
+int64_t structured_attention(const void* sizes) { return ((const Attention*)sizes)->sound(); }
+
+// Tensors of the shapes that the sizes and `given` say.
+void structured_attend(const void* sizes, const void* given, int64_t threads) {
+  run(*(const Attention*)sizes, *(const Attended*)given, Threads{threads_of(threads), openmp, nullptr});
 }
 
 // The multiply-adds of `repeats` tiles whose weights stay in the first cache: what the arithmetic allows at most.

@@ -48,6 +48,24 @@ inline float total(Floats x) {
   return sum;
 #endif
 }
+inline float largest(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float most = x[0];
+  for (int lane = 1; lane < LANES; ++lane) most = x[lane] > most ? x[lane] : most;
+  return most;
+#endif
+}
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#else
+  int32_t bits = 0;
+  for (int lane = 0; lane < LANES; ++lane) bits |= mask[lane];
+  return bits;
+#endif
+}
 inline Floats rounded(Floats x) {  // to the nearest, ties to even, for |x| < 2^22
   const Floats big = all(12582912.0f);
 #if defined(__FAST_MATH__)

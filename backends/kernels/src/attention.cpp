@@ -1,0 +1,156 @@
+#include "attention.hpp"
+
+#include <limits>
+
+#include "convert.hpp"
+
+namespace structured {
+namespace {
+
+constexpr int64_t QUERIES = 16 * ROWS;  // of a task, for which keys and values are laid out once
+
+struct Room {
+  std::unique_ptr<float[]> keys, values, scores;
+  size_t keys_held = 0, values_held = 0, scores_held = 0;
+};
+
+struct Task {
+  const Attention& of;
+  const Attended& given;
+  int64_t blocks;
+
+  // Where a head's first token stands, and how far it is to the next.
+  struct Place {
+    int64_t first, next;
+  };
+  Place place(int tensor, int64_t b, int64_t head) const {
+    const int64_t heads = of.heads_of(tensor), wide = of.width_of(tensor), time = tensor == KEY || tensor == VALUE ? given.keys : given.time;
+    if (of.is_turned(tensor)) return {(b * time * heads + head) * wide, heads * wide};
+    return {(b * heads + head) * time * wide, wide};
+  }
+
+  void operator()(size_t i) const {
+    static thread_local Room room;
+    const int64_t block = i % blocks, head = i / blocks % of.heads, b = i / blocks / of.heads, shared = head / (of.heads / of.shared);
+    const int64_t first = block * QUERIES, last = std::min(given.time, first + QUERIES);
+    const int64_t seen = of.causal ? std::min(given.keys, last) : given.keys, padded = round_up(seen, LANES), wide = round_up(of.width, LANES);
+    const Place q = place(QUERY, b, head), k = place(KEY, b, shared), v = place(VALUE, b, shared), out = place(OUTPUT, b, head);
+    float* keys = at_least(room.keys, room.keys_held, padded * of.key);
+    float* values = at_least(room.values, room.values_held, seen * wide);
+    float* scores = at_least(room.scores, room.scores_held, padded * ROWS);
+    lay_keys(given.key + k.first, k.next, seen, keys);
+    lay_values(given.value + v.first, v.next, seen, values);
+    tiles(first, last, [&](auto size, size_t row) {
+      constexpr int R = decltype(size)::value;
+      const int64_t sees = of.causal ? std::min<int64_t>(seen, row + R) : seen;
+      const Laid by{keys, of.key, seen};
+      products<R>(given.query + q.first + row * q.next, q.next, by, of.key, sees, [&](int r, int64_t column, Floats sum) {
+        store(scores + r * padded + column, sum);
+      });
+      float over[R];
+      for (int r = 0; r < R; ++r) over[r] = softmax(scores + r * padded, sees, padded, b, head, row + r);
+      products<R>(scores, padded, Laid{values, seen, of.width}, sees, of.width, [&](int r, int64_t column, Floats sum) {
+        put(given.output + out.first + (row + r) * out.next + column, sum * over[r], of.width - column);
+      });
+    });
+  }
+
+  // Panels of `all` columns: for each number of a key, times the scale, those of the keys side by side.
+  void lay_keys(const float* from, int64_t next, int64_t all, float* to) const {
+    const float scale = (float)of.scale;
+    for (int64_t column = 0; column < all; column += PANEL) {
+      const int64_t columns = std::min<int64_t>(PANEL, all - column), room = round_up(columns, LANES);
+      const float* x = from + column * next;
+      for (int64_t u = 0; u < of.key; ++u, to += room) {
+        if (columns == PANEL) {  // a number that compilers know
+          for (int64_t j = 0; j < PANEL; ++j) to[j] = x[j * next + u] * scale;
+        } else {
+          for (int64_t j = 0; j < columns; ++j) to[j] = x[j * next + u] * scale;
+          std::fill(to + columns, to + room, 0.0f);
+        }
+      }
+    }
+  }
+
+  void lay_values(const float* from, int64_t next, int64_t all, float* to) const {
+    for (int64_t column = 0; column < of.width; column += PANEL) {
+      const int64_t columns = std::min<int64_t>(PANEL, of.width - column), room = round_up(columns, LANES);
+      const float* x = from + column;
+      for (int64_t u = 0; u < all; ++u, to += room, x += next) {
+        int64_t j = 0;
+        for (; j + LANES <= columns; j += LANES) store(to + j, load<Floats>(x + j));
+        for (; j < room; ++j) to[j] = j < columns ? x[j] : 0.0f;
+      }
+    }
+  }
+
+  struct Laid {
+    const float* w;
+    int64_t units, columns;
+  };
+
+  // body(r, column, sums) of R rows of x by laid-out weights: the first `units` of them, columns at least up to `until`.
+  template <int R, class Body> static void products(const float* x, int64_t next, Laid by, int64_t units, int64_t until, Body body) {
+    for (int64_t column = 0; column < until; column += PANEL, by.w += by.units * PANEL) {
+      switch ((std::min<int64_t>(PANEL, by.columns - column) + LANES - 1) / LANES) {
+        case 1: product<R, 1>(x, next, by.w, units, column, body); break;
+        case 2: product<R, 2>(x, next, by.w, units, column, body); break;
+        case 3: if constexpr (VECTORS > 2) product<R, 3>(x, next, by.w, units, column, body); break;
+        case 4: if constexpr (VECTORS > 2) product<R, 4>(x, next, by.w, units, column, body); break;
+      }
+    }
+  }
+
+  template <int R, int V, class Body> static void product(const float* x, int64_t next, const float* w, int64_t units, int64_t column, Body body) {
+    Floats sums[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sums[r][v] = Floats{};
+    tile<Float32, false>(x, Places{(size_t)next, (size_t)units, 0, 1}, w, 0, units, sums);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) body(r, column + v * LANES, sums[r][v]);
+  }
+
+  // e^(score - the largest) in place of the scores, and one over their sum.
+  float softmax(float* scores, int64_t sees, int64_t padded, int64_t b, int64_t head, int64_t query) const {
+    constexpr float LEAST = -std::numeric_limits<float>::infinity();
+    if (!sees) return 0.0f;  // a sum of nothing
+    if (given.mask) {
+      const float* mask = given.mask + b * given.mask_strides[0] + head * given.mask_strides[1] + query * given.mask_strides[2];
+      if (given.mask_strides[3])
+        for (int64_t j = 0; j < sees; ++j) scores[j] += mask[j];
+      else
+        for (int64_t j = 0; j < sees; ++j) scores[j] += mask[0];
+    }
+    for (int64_t j = of.causal ? std::min(sees, query + 1) : sees; j < std::min(padded, round_up(sees, LANES)); ++j) scores[j] = LEAST;
+    Floats most = all(LEAST);
+    for (int64_t j = 0; j < sees; j += LANES) most = larger(load<Floats>(scores + j), most);
+    const float largest = structured::largest(most);
+    Floats sum = all(0.0f);
+    Ints wrong = all(0);  // what is no number, which the exponential does not let through
+    for (int64_t j = 0; j < sees; j += LANES) {
+      const Floats x = load<Floats>(scores + j), below = x - largest, e = pick(x == LEAST, all(0.0f), exponential(below));
+      wrong |= below != below;
+      store(scores + j, e);
+      sum += e;
+    }
+    if (!any(wrong)) return 1.0f / total(sum);
+    return largest == LEAST && of.zero ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  }
+
+  static void put(float* to, Floats value, int64_t count) {
+    if (count >= LANES) return store(to, value);
+    float part[LANES];
+    store(part, value);
+    std::memcpy(to, part, count * 4);
+  }
+};
+
+}  // namespace
+
+void run(const Attention& of, const Attended& given, const Threads& threads) {
+  const int64_t blocks = (given.time + QUERIES - 1) / QUERIES;
+  Task task{of, given, blocks};
+  if (given.batch > 0 && blocks > 0) threads.each((size_t)(given.batch * of.heads * blocks), task);
+}
+
+}  // namespace structured
