@@ -8,6 +8,7 @@ namespace structured {
 namespace {
 
 constexpr int64_t QUERIES = 16 * ROWS;  // of a task, for which keys and values are laid out once
+constexpr int64_t FEW = 4;              // for which they are read where they lie
 
 struct Room {
   std::unique_ptr<float[]> keys, values, scores;
@@ -35,6 +36,17 @@ struct Task {
     const int64_t first = block * QUERIES, last = std::min(given.time, first + QUERIES);
     const int64_t seen = of.causal ? std::min(given.keys, last) : given.keys, padded = round_up(seen, LANES), wide = round_up(of.width, LANES);
     const Place q = place(QUERY, b, head), k = place(KEY, b, shared), v = place(VALUE, b, shared), out = place(OUTPUT, b, head);
+    if (last - first <= FEW) {
+      float* scores = at_least(room.scores, room.scores_held, padded);
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t sees = of.causal ? std::min(seen, row + 1) : seen;
+        const float *query = given.query + q.first + row * q.next, *key = given.key + k.first;
+        for (int64_t j = 0; j < sees; ++j, key += k.next) scores[j] = dot(query, key, of.key) * (float)of.scale;
+        const float over = softmax(scores, sees, padded, b, head, row);
+        weigh(scores, over, sees, given.value + v.first, v.next, given.output + out.first + row * out.next);
+      }
+      return;
+    }
     float* keys = at_least(room.keys, room.keys_held, padded * of.key);
     float* values = at_least(room.values, room.values_held, seen * wide);
     float* scores = at_least(room.scores, room.scores_held, padded * ROWS);
@@ -53,6 +65,26 @@ struct Task {
         put(given.output + out.first + (row + r) * out.next + column, sum * over[r], of.width - column);
       });
     });
+  }
+
+  // over * sum_j scores[j] value_j
+  void weigh(const float* scores, float over, int64_t sees, const float* value, int64_t next, float* to) const {
+    int64_t column = 0;
+    for (; column + LANES <= of.width; column += LANES) {
+      Floats even = all(0.0f), odd = all(0.0f);
+      int64_t j = 0;
+      for (const float* x = value + column; j + 1 < sees; j += 2, x += 2 * next) {
+        even += scores[j] * load<Floats>(x);
+        odd += scores[j + 1] * load<Floats>(x + next);
+      }
+      if (j < sees) even += scores[j] * load<Floats>(value + j * next + column);
+      store(to + column, (even + odd) * over);
+    }
+    for (; column < of.width; ++column) {
+      float sum = 0;
+      for (int64_t j = 0; j < sees; ++j) sum += scores[j] * value[j * next + column];
+      to[column] = sum * over;
+    }
   }
 
   // Panels of `all` columns: for each number of a key, times the scale, those of the keys side by side.

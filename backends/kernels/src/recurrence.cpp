@@ -40,15 +40,6 @@ struct Entries {
     for (; i + LANES <= count; i += LANES) store(h + i, load<Floats>(h + i) * load<Floats>(a + i) + load<Floats>(b + i));
     for (; i < count; ++i) h[i] = h[i] * a[i] + b[i];
   }
-
-  static float dot(const float* a, const float* b, int64_t count) {
-    Floats sums = all(0.0f);
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) sums += load<Floats>(a + i) * load<Floats>(b + i);
-    float sum = total(sums);
-    for (; i < count; ++i) sum += a[i] * b[i];
-    return sum;
-  }
 };
 
 // A panel of S: rows of PANEL numbers.

@@ -48,6 +48,14 @@ inline float total(Floats x) {
   return sum;
 #endif
 }
+inline float dot(const float* a, const float* b, int64_t count) {
+  Floats sums = all(0.0f);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) sums += load<Floats>(a + i) * load<Floats>(b + i);
+  float sum = total(sums);
+  for (; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
 inline float largest(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
