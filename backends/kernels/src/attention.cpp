@@ -25,44 +25,58 @@ struct Task {
     int64_t first, next;
   };
   Place place(int tensor, int64_t b, int64_t head) const {
-    const int64_t heads = of.heads_of(tensor), wide = of.width_of(tensor), time = tensor == KEY || tensor == VALUE ? given.keys : given.time;
+    const int64_t heads = of.heads_of(tensor), wide = of.width_of(tensor);
+    const int64_t time = tensor == KEY || tensor == VALUE ? given.keys : given.time;
     if (of.is_turned(tensor)) return {(b * time * heads + head) * wide, heads * wide};
     return {(b * heads + head) * time * wide, wide};
   }
 
+  // Queries of one head, and how many keys they see at most.
+  struct Head {
+    int64_t b, head, first, last, seen;
+    Place query, key, value, output;
+    int64_t padded() const { return round_up(seen, LANES); }
+  };
+
   void operator()(size_t i) const {
-    static thread_local Room room;
     const int64_t block = i % blocks, head = i / blocks % of.heads, b = i / blocks / of.heads, shared = head / (of.heads / of.shared);
     const int64_t first = block * QUERIES, last = std::min(given.time, first + QUERIES);
-    const int64_t seen = of.causal ? std::min(given.keys, last) : given.keys, padded = round_up(seen, LANES), wide = round_up(of.width, LANES);
-    const Place q = place(QUERY, b, head), k = place(KEY, b, shared), v = place(VALUE, b, shared), out = place(OUTPUT, b, head);
-    if (last - first <= FEW) {
-      float* scores = at_least(room.scores, room.scores_held, padded);
-      for (int64_t row = first; row < last; ++row) {
-        const int64_t sees = of.causal ? std::min(seen, row + 1) : seen;
-        const float *query = given.query + q.first + row * q.next, *key = given.key + k.first;
-        for (int64_t j = 0; j < sees; ++j, key += k.next) scores[j] = dot(query, key, of.key) * (float)of.scale;
-        const float over = softmax(scores, sees, padded, b, head, row);
-        weigh(scores, over, sees, given.value + v.first, v.next, given.output + out.first + row * out.next);
-      }
-      return;
+    const Head h{b, head, first, last, of.causal ? std::min(given.keys, last) : given.keys,
+                 place(QUERY, b, head), place(KEY, b, shared), place(VALUE, b, shared), place(OUTPUT, b, head)};
+    static thread_local Room room;
+    last - first <= FEW ? few(h, room) : many(h, room);
+  }
+
+  void few(const Head& h, Room& room) const {
+    float* scores = at_least(room.scores, room.scores_held, h.padded());
+    for (int64_t row = h.first; row < h.last; ++row) {
+      const int64_t sees = of.causal ? std::min(h.seen, row + 1) : h.seen;
+      const float *query = given.query + h.query.first + row * h.query.next, *key = given.key + h.key.first;
+      for (int64_t j = 0; j < sees; ++j, key += h.key.next) scores[j] = dot(query, key, of.key) * (float)of.scale;
+      const float over = softmax(scores, sees, h, row);
+      weigh(scores, over, sees, given.value + h.value.first, h.value.next, given.output + h.output.first + row * h.output.next);
     }
+  }
+
+  void many(const Head& h, Room& room) const {
+    const int64_t padded = h.padded();
     float* keys = at_least(room.keys, room.keys_held, padded * of.key);
-    float* values = at_least(room.values, room.values_held, seen * wide);
+    float* values = at_least(room.values, room.values_held, h.seen * round_up(of.width, LANES));
     float* scores = at_least(room.scores, room.scores_held, padded * ROWS);
-    lay_keys(given.key + k.first, k.next, seen, keys);
-    lay_values(given.value + v.first, v.next, seen, values);
-    tiles(first, last, [&](auto size, size_t row) {
+    lay_keys(given.key + h.key.first, h.key.next, h.seen, keys);
+    lay_values(given.value + h.value.first, h.value.next, h.seen, values);
+    tiles(h.first, h.last, [&](auto size, size_t row) {
       constexpr int R = decltype(size)::value;
-      const int64_t sees = of.causal ? std::min<int64_t>(seen, row + R) : seen;
-      const Laid by{keys, of.key, seen};
-      products<R>(given.query + q.first + row * q.next, q.next, by, of.key, sees, [&](int r, int64_t column, Floats sum) {
+      const int64_t sees = of.causal ? std::min<int64_t>(h.seen, row + R) : h.seen;
+      const float* query = given.query + h.query.first + row * h.query.next;
+      products<R>(query, h.query.next, Laid{keys, of.key, h.seen}, of.key, sees, [&](int r, int64_t column, Floats sum) {
         store(scores + r * padded + column, sum);
       });
       float over[R];
-      for (int r = 0; r < R; ++r) over[r] = softmax(scores + r * padded, sees, padded, b, head, row + r);
-      products<R>(scores, padded, Laid{values, seen, of.width}, sees, of.width, [&](int r, int64_t column, Floats sum) {
-        put(given.output + out.first + (row + r) * out.next + column, sum * over[r], of.width - column);
+      for (int r = 0; r < R; ++r) over[r] = softmax(scores + r * padded, sees, h, row + r);
+      float* to = given.output + h.output.first + row * h.output.next;
+      products<R>(scores, padded, Laid{values, h.seen, of.width}, sees, of.width, [&](int r, int64_t column, Floats sum) {
+        put(to + r * h.output.next + column, sum * over[r], of.width - column);
       });
     });
   }
@@ -133,7 +147,8 @@ struct Task {
     }
   }
 
-  template <int R, int V, class Body> static void product(const float* x, int64_t next, const float* w, int64_t units, int64_t column, Body body) {
+  template <int R, int V, class Body>
+  static void product(const float* x, int64_t next, const float* w, int64_t units, int64_t column, Body body) {
     Floats sums[R][V];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) sums[r][v] = Floats{};
@@ -143,17 +158,17 @@ struct Task {
   }
 
   // e^(score - the largest) in place of the scores, and one over their sum.
-  float softmax(float* scores, int64_t sees, int64_t padded, int64_t b, int64_t head, int64_t query) const {
+  float softmax(float* scores, int64_t sees, const Head& h, int64_t query) const {
     constexpr float LEAST = -std::numeric_limits<float>::infinity();
     if (!sees) return 0.0f;  // a sum of nothing
     if (given.mask) {
-      const float* mask = given.mask + b * given.mask_strides[0] + head * given.mask_strides[1] + query * given.mask_strides[2];
+      const float* mask = given.mask + h.b * given.mask_strides[0] + h.head * given.mask_strides[1] + query * given.mask_strides[2];
       if (given.mask_strides[3])
         for (int64_t j = 0; j < sees; ++j) scores[j] += mask[j];
       else
         for (int64_t j = 0; j < sees; ++j) scores[j] += mask[0];
     }
-    for (int64_t j = of.causal ? std::min(sees, query + 1) : sees; j < std::min(padded, round_up(sees, LANES)); ++j) scores[j] = LEAST;
+    for (int64_t j = of.causal ? std::min(sees, query + 1) : sees; j < round_up(sees, LANES); ++j) scores[j] = LEAST;
     Floats most = all(LEAST);
     for (int64_t j = 0; j < sees; j += LANES) most = larger(load<Floats>(scores + j), most);
     const float largest = structured::largest(most);

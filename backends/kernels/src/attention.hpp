@@ -1,4 +1,4 @@
-// Softmax attention in float32: o = softmax(scale q k^T + mask) v, head by head. The scores of a few queries are all that is kept at a time.
+// Softmax attention in float32: o = softmax(scale q k^T + mask) v, head by head. Scores of a few queries are all that is kept at a time.
 #pragma once
 #include "chain.hpp"
 

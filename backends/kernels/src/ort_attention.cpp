@@ -70,7 +70,8 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
     const int64_t whole[] = {given.batch, of.heads, given.time, given.keys};
     int64_t stride = 1;
     for (int axis = AXES - 1; axis >= 0; --axis) {
-      if (dims[axis] != whole[axis] && dims[axis] != 1) return api.create_status(ort::INVALID_ARGUMENT, "the mask of an Attention has another shape");
+      const bool fits = dims[axis] == whole[axis] || dims[axis] == 1;
+      if (!fits) return api.create_status(ort::INVALID_ARGUMENT, "the mask of an Attention has another shape");
       given.mask_strides[axis] = dims[axis] == 1 ? 0 : stride;
       stride *= dims[axis];
     }
