@@ -191,9 +191,10 @@ def turned(value: ir.Value | None) -> ir.Value | None:
 
 
 def turned_after(value: ir.Value) -> ir.Value | None:
-    """The same behind a value that is used for nothing else."""
-    uses = list(value.uses())
+    """The same behind a value that is used for nothing else, in no nested body either."""
+    uses, producer = list(value.uses()), value.producer()
     alone = len(uses) == 1 and not value.is_graph_output() and _turns(uses[0].node)
+    alone = alone and producer is not None and uses[0].node.graph is producer.graph
     return uses[0].node.outputs[0] if alone else None
 
 

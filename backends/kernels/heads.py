@@ -56,9 +56,9 @@ def heads_of(operator: AbstractOperator) -> Heads:
     """NotCovered where a spec, which may say anything, is none of an attention's."""
     fields: dict[str, Any] = json.loads(flatten(operator)[1])["fields"]
     counts = {name: fields[name] for name in ("heads", "shared", "key", "width")}
-    if not all(isinstance(n, int) and 0 < n < LARGEST for n in counts.values()) or not isinstance(fields["scale"], int | float):
-        raise NotCovered("its spec holds what is none of Attention's")
-    if not math.isfinite(fields["scale"]) or fields["empty"] not in ("", "nan", "zero"):
+    whole = all(isinstance(n, int) and 0 < n < LARGEST for n in counts.values())
+    numbers = all(isinstance(fields[name], int | float) for name in ("scale", "hidden"))
+    if not whole or not numbers or not math.isfinite(fields["scale"]) or fields["empty"] not in ("", "nan", "zero"):
         raise NotCovered("its spec holds what is none of Attention's")
     return Heads(**counts, scale=float(fields["scale"]), causal=bool(fields["causal"]), zero=fields["empty"] == "zero")
 

@@ -204,7 +204,14 @@ def test_transposes_around_it_go(both: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [('"heads":4', '"heads":5'), ('"scale":0.5', '"scale":"x"'), ('"key":5', '"key":0'), ('"empty":""', '"empty":"what"')]
+    "change",
+    [
+        ('"heads":4', '"heads":5'),
+        ('"scale":0.5', '"scale":"x"'),
+        ('"key":5', '"key":0'),
+        ('"empty":""', '"empty":"what"'),
+        ('"hidden":', '"hidden":"x","was":'),
+    ],
 )
 def test_a_node_that_lies_is_left_to_stock_operators(change: tuple[str, str]) -> None:
     model = stacked_maps([Attention.random(torch.Generator().manual_seed(0))])
