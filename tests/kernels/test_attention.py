@@ -210,7 +210,7 @@ def test_transposes_around_it_go(both: bool, tmp_path: Path) -> None:
         ('"scale":0.5', '"scale":"x"'),
         ('"key":5', '"key":0'),
         ('"empty":""', '"empty":"what"'),
-        ('"hidden":', '"hidden":"x","was":'),
+        ('"hidden":-Infinity', '"hidden":"x"'),
     ],
 )
 def test_a_node_that_lies_is_left_to_stock_operators(change: tuple[str, str]) -> None:
