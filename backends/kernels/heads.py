@@ -11,18 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from rewriter.backends.kernels.plan import NotCovered
+from rewriter.backends.kernels.structs import AbstractStruct
 from rewriter.operator import AbstractOperator, flatten
 
 KIND = "Attention"
 TENSORS = ("query", "key", "value", "output")  # by whose places `turned` counts
-ORDER = ("heads", "shared", "key", "width", "causal", "zero", "turned")
 LARGEST = 1 << 31
 
 
 @dataclass(frozen=True)
-class Heads:
+class Heads(AbstractStruct):
     """The kernel's struct Attention, field for field."""
 
+    order = ("heads", "shared", "key", "width", "causal", "zero", "turned")
     heads: int
     shared: int
     key: int
@@ -31,15 +32,6 @@ class Heads:
     causal: bool = False
     zero: bool = False  # what queries that see no key become: 0, else NaN
     turned: int = 0  # bit by tensor: (batch, time, heads, width) rather than (batch, heads, time, width)
-
-    def attributes(self) -> dict[str, int]:
-        """As a node has them; of the scale the bits of a double."""
-        (bits,) = struct.unpack("q", struct.pack("d", self.scale))
-        return {**{name: int(getattr(self, name)) for name in ORDER}, "scale": bits}
-
-    def packed(self) -> bytes:
-        """The struct's bytes."""
-        return struct.pack(f"{len(ORDER)}qd", *(getattr(self, name) for name in ORDER), self.scale)
 
     def is_turned(self, tensor: str) -> bool:
         """Whether it is (batch, time, heads, width)."""

@@ -181,7 +181,7 @@ class Kernels:
         lengths = {name: x.shape[1 if sizes.is_turned(name) else 2] for name, x in given.items()}
         fits = all(x.shape == sizes.shape(name, len(query), lengths["query" if name == "query" else "key"]) for name, x in given.items())
         whole = (len(query), sizes.heads, lengths["query"], lengths["key"])
-        spread = mask is None or all(n in (1, m) for n, m in zip(mask.shape, whole, strict=True))
+        spread = mask is None or (mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape, whole, strict=True)))
         floats = all(x is None or x.dtype == torch.float32 for x in (*given.values(), mask))
         if not (self.takes(sizes) and fits and spread and floats):
             raise RewriteError(f"the kernel does not take {[f'{x.dtype} {list(x.shape)}' for x in given.values()]} for {sizes}")

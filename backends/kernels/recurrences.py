@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 from rewriter.backends.kernels.plan import NotCovered
+from rewriter.backends.kernels.structs import AbstractStruct
 from rewriter.operator import AbstractOperator, flatten
 
 KINDS = ("DiagonalRecurrence", "LinearAttention", "Retention")
@@ -20,13 +20,11 @@ DECAYS = ("", "head", "key")  # as the kernel numbers them
 LARGEST = 1 << 62  # of what the struct holds
 
 
-ORDER = ("kind", "heads", "key", "width", "queries", "keys", "factors", "delta", "decay", "stored", "read", "carried")
-
-
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AbstractStruct):
     """The kernel's struct Recurrence, field for field."""
 
+    order = ("kind", "heads", "key", "width", "queries", "keys", "factors", "delta", "decay", "stored", "read", "carried")
     kind: int  # 0: entries, 1: matrices
     heads: int
     width: int
@@ -40,15 +38,6 @@ class Sizes:
     read: int = 0  # by a query
     carried: int = 0  # the state is an input
     scale: float = 1.0
-
-    def attributes(self) -> dict[str, int]:
-        """As a node has them; of the scale the bits of a double."""
-        (bits,) = struct.unpack("q", struct.pack("d", self.scale))
-        return {**{name: getattr(self, name) for name in ORDER}, "scale": bits}
-
-    def packed(self) -> bytes:
-        """The struct's bytes."""
-        return struct.pack(f"{len(ORDER)}qd", *(getattr(self, name) for name in ORDER), self.scale)
 
 
 def sizes_of(operator: AbstractOperator) -> Sizes:

@@ -128,9 +128,7 @@ def test_nothing_at_all() -> None:
     assert (found == 0).all()  # a sum of nothing
 
 
-WRONG = {
-    "heads": 0, "shared": 3, "key": 1 << 40, "width": -1, "turned": 16,
-}  # fmt: skip
+WRONG = {"heads": 0, "shared": 3, "key": 1 << 40, "width": -1, "turned": 16}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -147,7 +145,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     sizes, q, k = Heads(4, 2, 8, 8, 1.0), torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)
     wrong: list[Sequence[Tensor | None]] = [
         (q.double(), k, k), (q, k[:1], k[:1]), (q, k, k[:, :, :3]), (q[:, :3], k, k), (q, k[..., :4], k),
-        (q, k, k, torch.zeros(2, 1, 1, 4)), (q, k, k, torch.zeros(1, 1, 1, 5).double()),
+        (q, k, k, torch.zeros(2, 1, 1, 4)), (q, k, k, torch.zeros(1, 1, 1, 5).double()), (q, k, k, torch.zeros(3, 5)),
     ]  # fmt: skip
     for tensors in wrong:
         with pytest.raises(RewriteError, match="the kernel does not take"):

@@ -17,22 +17,18 @@ struct AttentionKernel {
 
 ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Attention of{};
-  int64_t threads = 1, bits = 0;
-  struct Field {
-    const char* name;
-    int64_t* to;
-  };
-  const Field fields[] = {{"heads", &of.heads},   {"shared", &of.shared}, {"key", &of.key}, {"width", &of.width},    {"causal", &of.causal},
-                          {"zero", &of.zero}, {"turned", &of.turned}, {"scale", &bits}, {"threads", &threads}};
-  for (const Field& field : fields) RETURN_IF_WRONG(api->attribute(info, field.name, field.to));
-  std::memcpy(&of.scale, &bits, 8);
+  int64_t threads = 1;
+  RETURN_IF_WRONG(read(*api, info,
+                       {{"heads", &of.heads}, {"shared", &of.shared}, {"key", &of.key}, {"width", &of.width}, {"causal", &of.causal},
+                        {"zero", &of.zero}, {"turned", &of.turned}, {"threads", &threads}},
+                       &of.scale));
   if (!of.sound()) return api->create_status(ort::INVALID_ARGUMENT, "sizes of an Attention that do not fit together");
   *out = new AttentionKernel{*api, std::clamp<int64_t>(threads, 1, MOST_THREADS), of};
   return nullptr;
 }
 
 // The four axes and the numbers of an input; nullptr where it is not given.
-ort::Status* read(const ort::Api& api, ort::KernelContext* context, size_t i, int64_t (&dims)[MOST_AXES], const float** data) {
+ort::Status* given_at(const ort::Api& api, ort::KernelContext* context, size_t i, int64_t (&dims)[MOST_AXES], const float** data) {
   const ort::Value* value = nullptr;
   RETURN_IF_WRONG(api.input(context, i, &value));
   *data = nullptr;
@@ -57,7 +53,7 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
   const float** const to[] = {&given.query, &given.key, &given.value};
   int64_t dims[MOST_AXES];
   for (int i = 0; i < 3; ++i) {
-    RETURN_IF_WRONG(read(api, context, i, dims, to[i]));
+    RETURN_IF_WRONG(given_at(api, context, i, dims, to[i]));
     if (!*to[i]) return api.create_status(ort::INVALID_ARGUMENT, "an Attention lacks an input");
     const int64_t heads = dims[of.is_turned(i) ? 2 : 1], time = dims[of.is_turned(i) ? 1 : 2];
     if (i == 0) given.batch = dims[0], given.time = time;
@@ -65,7 +61,7 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
     const bool fits = dims[0] == given.batch && heads == of.heads_of(i) && dims[3] == of.width_of(i) && (i < 2 || time == given.keys);
     if (!fits) return api.create_status(ort::INVALID_ARGUMENT, "an input of an Attention has another shape than its sizes say");
   }
-  if (count > 3) RETURN_IF_WRONG(read(api, context, 3, dims, &given.mask));
+  if (count > 3) RETURN_IF_WRONG(given_at(api, context, 3, dims, &given.mask));
   if (given.mask) {
     const int64_t whole[] = {given.batch, of.heads, given.time, given.keys};
     int64_t stride = 1;

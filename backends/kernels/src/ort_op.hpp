@@ -1,6 +1,7 @@
 // What our operators share under ONNX Runtime: errors passed on, shapes, the session's threads, an operator's table of callbacks.
 #pragma once
 #include <algorithm>
+#include <initializer_list>
 
 #include "chain.hpp"
 #include "ort_abi.hpp"
@@ -57,6 +58,19 @@ ort::CustomOp operation(const char* name, decltype(ort::CustomOp::create_kernel_
   op.first_version = [](const ort::CustomOp*) { return 1; };
   op.last_version = [](const ort::CustomOp*) { return INT32_MAX; };
   return op;
+}
+
+// Whole numbers of a node by name, and the scale of a Recurrence or an Attention, which a node holds as a double's bits.
+struct Field {
+  const char* name;
+  int64_t* to;
+};
+inline ort::Status* read(const ort::Api& api, const ort::KernelInfo* info, std::initializer_list<Field> fields, double* scale) {
+  int64_t bits = 0;
+  for (const Field& field : fields) RETURN_IF_WRONG(api.attribute(info, field.name, field.to));
+  RETURN_IF_WRONG(api.attribute(info, "scale", &bits));
+  std::memcpy(scale, &bits, 8);
+  return nullptr;
 }
 
 ort::CustomOp attention_op();

@@ -15,16 +15,12 @@ struct RecurrenceKernel {
 
 ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Recurrence of{};
-  int64_t threads = 1, bits = 0;
-  struct Field {
-    const char* name;
-    int64_t* to;
-  };
-  const Field fields[] = {{"kind", &of.kind},   {"heads", &of.heads}, {"key", &of.key},       {"width", &of.width}, {"queries", &of.queries},
-                          {"keys", &of.keys},   {"factors", &of.factors}, {"delta", &of.delta}, {"decay", &of.decay}, {"stored", &of.stored},
-                          {"read", &of.read},   {"carried", &of.carried}, {"scale", &bits},     {"threads", &threads}};
-  for (const Field& field : fields) RETURN_IF_WRONG(api->attribute(info, field.name, field.to));
-  std::memcpy(&of.scale, &bits, 8);
+  int64_t threads = 1;
+  RETURN_IF_WRONG(read(*api, info,
+                       {{"kind", &of.kind}, {"heads", &of.heads}, {"key", &of.key}, {"width", &of.width}, {"queries", &of.queries},
+                        {"keys", &of.keys}, {"factors", &of.factors}, {"delta", &of.delta}, {"decay", &of.decay},
+                        {"stored", &of.stored}, {"read", &of.read}, {"carried", &of.carried}, {"threads", &threads}},
+                       &of.scale));
   if (!of.sound()) return api->create_status(ort::INVALID_ARGUMENT, "sizes of a Recurrence that do not fit together");
   *out = new RecurrenceKernel{*api, std::clamp<int64_t>(threads, 1, MOST_THREADS), of};
   return nullptr;
