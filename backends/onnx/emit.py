@@ -48,6 +48,8 @@ def finish(
     adopt_sites(model)
     convert(model, opset)
     passes.RemoveUnusedNodesPass()(model)
+    if any(v.shape is None for node in model.graph for v in node.outputs):
+        infer(model)  # while nobody can see into a body: kernels go by what the file says
     attach(model, choose, together(model))
     if flatten:
         passes.InlinePass(criteria=lambda f: f.domain == DOMAIN)(model)

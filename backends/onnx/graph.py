@@ -103,8 +103,8 @@ class OnnxGraph:
         return f"{outer}/{name}" if outer else name
 
     def shape(self, value: ir.Value) -> tuple[int | str, ...] | None:
-        if value.shape is None:
-            self._infer()
+        if value.shape is None or any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape):
+            self._infer()  # exporters leave sizes open that follow from others
         if value.shape is None:
             return None
         return tuple(d if isinstance(d, int) else self._dim(value, i, d) for i, d in enumerate(value.shape))

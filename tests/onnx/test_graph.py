@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.algebra import BlockDiagonal, Compose, Dense, Diagonal
-from rewriter.backends.onnx.emit import check
+from rewriter.backends.onnx.emit import check, finish
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.graph import PLAIN, Layout, Place, Site, WeightRef
 from tests.onnx.models import MLP, MLP_WEIGHTS, close, model
@@ -371,3 +371,19 @@ def test_initialisers_never_clash() -> None:
     g.splice(site, equal_form(g.const(site.weights["weight"].value).T))
     g.splice(site, equal_form(g.const(site.weights["weight"].value).T))
     assert sorted(g.model.graph.initializers) == ["w", "w.factors.0.scale", "w.factors.1.weight", "w.factors.1.weight_2"]
+
+
+def test_sizes_that_were_left_open_are_inferred() -> None:
+    text = "g (float[B,S,6] x) => (float[B,S,5] y) { m = MatMul(x, w)  y = Identity(m) }"
+    m = model(text, 18, {"w": (6, 5)})
+    (product, _) = m.graph
+    product.outputs[0].shape, product.outputs[0].type = ir.Shape([None, None, None]), ir.TensorType(ir.DataType.FLOAT)
+    g = OnnxGraph(m)
+    assert g.shape(next(iter(g.nodes())).outputs[0]) == ("B", "S", 5)
+
+
+def test_what_is_emitted_has_its_shapes() -> None:
+    text = "g (float[B,S,6] x) => (float[B,S,5] y) { t = Transpose<perm=[0,2,1]>(x)  u = Transpose<perm=[0,2,1]>(t)  y = MatMul(u, w) }"
+    m = model(text, 18, {"w": (6, 5)})
+    finish(m, 18)
+    assert [str(v.shape) for node in m.graph for v in node.outputs] == ["[B,6,S]", "[B,S,6]", "[B,S,5]"]
