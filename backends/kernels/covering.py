@@ -141,7 +141,7 @@ class _Cover:
         end, key = found.end, digest(packed.numpy().tobytes())
         if key not in self.stored:
             self.stored[key] = store(self.model, self.names, packed, f"{node.metadata_props.get(SITE, OP)}.packed")
-        chain = chain_node([node.inputs[0], self.stored[key], *found.skip], packed, self.threads)
+        chain = chain_node([node.inputs[0], self.stored[key], found.skip], packed, self.threads, found.reshape)
         chain.name = self.names.unused(f"{OP}_{node.name or 'site'}")
         producer = end.producer()
         assert producer is not None and producer.graph is not None
@@ -166,10 +166,12 @@ def covers(operator: AbstractOperator, library: Kernels) -> bool:
     return True
 
 
-def chain_node(inputs: Sequence[ir.Value | None], packed: Tensor, threads: int) -> ir.Node:
-    """Chain(x, packed[, what is added])."""
-    options = [ir.AttrInt64("threads", threads), ir.AttrInt64("bytes", packed.numel())]
-    return ir.Node(DOMAIN, OP, inputs, options, version=1)
+def chain_node(inputs: Sequence[ir.Value | None], packed: Tensor, threads: int, reshape: ir.Node | None = None) -> ir.Node:
+    """Chain(x, packed[, what is added[, the shape of what it gives]])."""
+    allowed = reshape.attributes.get("allowzero") if reshape is not None else None
+    options = {"threads": threads, "bytes": packed.numel(), "allowzero": allowed.as_int() if allowed is not None else 0}
+    shape = [reshape.inputs[1]] if reshape is not None else []
+    return ir.Node(DOMAIN, OP, [*inputs, *shape], [ir.AttrInt64(name, value) for name, value in options.items()], version=1)
 
 
 def recurrence_node(inputs: Sequence[ir.Value | None], sizes: Sizes, threads: int) -> ir.Node:

@@ -1,5 +1,5 @@
 """What follows a product and can be done with it: a constant bias, an activation whatever it is spelled with, a sum with another value,
-and a LayerNorm of that sum.
+and a LayerNorm of that sum; between them once a Reshape that leaves the features alone, as exporters put around matrices of two axes.
 
 An activation is recognised by its values: the elementwise nodes between one value and the next that all of them lead to are evaluated
 on a grid and compared with those that the kernel has.
@@ -31,7 +31,8 @@ class Following:
 
     end: ir.Value
     ending: Ending
-    skip: tuple[ir.Value, ...] = ()
+    skip: ir.Value | None = None
+    reshape: ir.Node | None = None
 
     @property
     def said(self) -> tuple[str, ...]:
@@ -43,17 +44,29 @@ class Following:
 
 def following(value: ir.Value, width: int, constants: Constants) -> Following:
     """As much as there is, in this order."""
-    bias, activation, skip, norm = None, "", tuple[ir.Value, ...](), None
+    bias, activation, skip, norm = None, "", None, None
+    value, reshape = _reshaped(value, width, None)
     if (found := bias_after(value, width, constants)) is not None:
         bias, value = found
+        value, reshape = _reshaped(value, width, reshape)
     if (acts := activation_after(value, constants)) is not None:
         activation, value = acts
+        value, reshape = _reshaped(value, width, reshape)
     if (sums := sum_after(value, constants)) is not None:
-        other, value = sums
-        skip = (other,)
+        skip, value = sums
     if (norms := norm_after(value, width, constants)) is not None:
         norm, value = norms
-    return Following(value, Ending(bias, activation, bool(skip), norm), skip)
+    return Following(value, Ending(bias, activation, skip is not None, norm), skip, reshape)
+
+
+def _reshaped(value: ir.Value, width: int, before: ir.Node | None) -> tuple[ir.Value, ir.Node | None]:
+    """What the Reshape that is the value's only user gives, and that node; after one there is no second."""
+    use = None if before is not None else _only_use(value, "Reshape")
+    if use is None or use[1] != 0 or len(use[0].inputs) != 2:
+        return value, before
+    made = use[0].outputs[0]
+    kept = made.shape is not None and len(made.shape) > 0 and made.shape[-1] == width
+    return (made, use[0]) if kept else (value, None)
 
 
 def _only_use(value: ir.Value, kind: str) -> tuple[ir.Node, int] | None:

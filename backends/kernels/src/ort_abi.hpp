@@ -17,7 +17,7 @@ struct Value;
 struct TensorInfo;
 
 enum Code { FAIL = 1, INVALID_ARGUMENT = 2 };
-enum ElementType { FLOAT = 1, UINT8 = 2 };
+enum ElementType { FLOAT = 1, UINT8 = 2, INT64 = 7 };
 
 // The table as an array of pointers; each function's place stands beside its type.
 struct Api {

@@ -29,15 +29,15 @@ inline void parallel(void* with, void (*task)(void*, size_t), size_t count, void
   }
 }
 
-// The tensor's shape; its rank is 1 to 16.
-inline ort::Status* shape_of(const ort::Api& api, const ort::Value* value, int64_t* dims, size_t* rank) {
+// The tensor's shape; its rank is 1 to 16, or less where less is allowed.
+inline ort::Status* shape_of(const ort::Api& api, const ort::Value* value, int64_t* dims, size_t* rank, size_t most = MOST_AXES) {
   ort::TensorInfo* shape = nullptr;
   RETURN_IF_WRONG(api.tensor_info(value, &shape));
   ort::Status* status = api.dimensions_count(shape, rank);
-  if (!status && *rank >= 1 && *rank <= MOST_AXES) status = api.dimensions(shape, dims, *rank);
+  if (!status && *rank >= 1 && *rank <= most) status = api.dimensions(shape, dims, *rank);
   api.release_tensor_info(shape);
   if (status) return status;
-  return *rank >= 1 && *rank <= MOST_AXES ? nullptr : api.create_status(ort::INVALID_ARGUMENT, "a kernel takes 1 to 16 axes");
+  return *rank >= 1 && *rank <= most ? nullptr : api.create_status(ort::INVALID_ARGUMENT, "a kernel takes 1 to 16 axes");
 }
 
 // An operator of float tensors whose kernels are `K`s made by `create`; what differs is set by the caller.
