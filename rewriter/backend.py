@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rewriter.graph import Graph
+from rewriter.graph import Graph, Site
 from rewriter.operator import AbstractOperator
 
 
@@ -29,6 +30,23 @@ class Runner(Protocol):
     """An emitted model, reloaded from its file."""
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a rewrite exchanges in a model, on one batch: a linear layer, attention, or another map, with what goes with it."""
+
+    key: str  # the same where the time is the same
+    tokens: int  # that it runs on
+    what: Any = field(compare=False, repr=False)  # how its target runs it alone
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model on one batch, to be timed beside its layers."""
+
+    key: str  # of the model and the batch
+    call: Callable[[], object]
 
 
 class Target(Protocol):
@@ -61,4 +79,12 @@ class Target(Protocol):
     def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
         """Seconds per call of each form, matrices on `tokens` rows, maps on one sequence of `tokens`: interleaved in one process, medians,
         weights cold for few tokens; cached by hardware and versions."""
+        ...
+
+    def layers(self, graph: Graph, sites: Sequence[Site], feeds: Mapping[str, Tensor]) -> Counter[Layer]:
+        """How often each layer is run on the batch: those at the sites and those that were rewritten."""
+        ...
+
+    def measure_layers(self, layers: Sequence[Layer], whole: Whole, threads: int) -> list[float]:
+        """Seconds of each layer alone, as `measure` takes them, then those of a whole model in the same rounds."""
         ...

@@ -14,8 +14,8 @@ from rewriter.backend import Runner, Target
 from rewriter.cost_model import predicted
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
-from rewriter.inputs import dim_names, parse_dims
-from rewriter.latency import Reference, latencies
+from rewriter.inputs import parse_dims
+from rewriter.latency import Reference, batches, latencies
 from rewriter.opened import as_file, open_model, target_of
 from rewriter.options import Options
 from rewriter.report import Latency, OutputError
@@ -59,29 +59,30 @@ def bench(a: str, others: Sequence[str], options: Options, errors: bool = False)
         _same_interface(first.graph, other.graph)
     target = target_of(options, first, None)
     with tempfile.TemporaryDirectory() as folder:
-
-        def file(source: Any, name: str) -> Path:
-            return as_file(source, target, Path(folder) / f"{name}{target.suffix}", options)
-
-        reference = Reference.of(target, file(first, "a"), options.threads)
+        place = Path(folder)
+        path, dense = _emitted(first, target, place / f"a{target.suffix}", options)
+        reference = Reference.of(target, path, options.threads)
         samples = _samples(first, options) if errors else None
 
         def error(runner: Runner | None) -> OutputError | None:
             return None if samples is None or runner is None else certify(first.graph.run, runner, samples)
 
+        explicit = parse_dims(options.dims) if options.dims else {}
+        feeds = batches(first.graph, first.specs, explicit, options.token_counts)
         found = []
         for i, (name, source) in enumerate(zip(others, rest, strict=True)):
-            runner = target.open(file(source, f"b{i}"), options.threads)
-            found.append(Contender(name, _rows(first, source, target, reference, runner, options), error(runner)))
+            path, rewritten = _emitted(source, target, place / f"b{i}{target.suffix}", options)
+            runner = target.open(path, options.threads)
+            rows = latencies(reference, runner, feeds, options.token_counts)
+            found.append(Contender(name, predicted(rows, feeds, dense, rewritten, reference.dense, target), error(runner)))
         return Comparison(found, error(reference.int8))
 
 
-def _rows(first: Any, second: Any, target: Target, reference: Reference, runner: Runner, options: Options) -> list[Latency]:
-    explicit = parse_dims(options.dims) if options.dims else {}
-    rows = latencies(reference, runner, first.graph, first.specs, explicit, options.token_counts)
-    if explicit or not dim_names(first.specs):
-        return rows  # a call brings other rows than its token count says
-    return predicted(rows, first.graph, second.graph, target)
+def _emitted(source: Any, target: Target, path: Path, options: Options) -> tuple[Path, Graph]:
+    """The model as a file that the target opens, and as a graph of what that file holds."""
+    path = as_file(source, target, path, options)
+    same = source.graph.format == "onnx" or target.suffix != ".onnx"
+    return path, source.graph if same else open_model(str(path), options).graph
 
 
 def _samples(source: Any, options: Options) -> Any:

@@ -46,20 +46,20 @@ class Reference:
             return cls(runner, None, f"no int8 figure: {error}", threads)
 
 
-def latencies(
-    reference: Reference,
-    rewritten: Runner,
-    graph: Graph,
-    specs: Sequence[InputSpec],
-    explicit: Mapping[str, int],
-    tokens: Sequence[int],
-) -> list[Latency]:
-    """One row for each token count; what could not be had is None, with a note."""
-    return [_row(reference, rewritten, feeds_at(graph, specs, explicit, count), count) for count in tokens]
+def latencies(reference: Reference, rewritten: Runner, feeds: Sequence[Batch], tokens: Sequence[int]) -> list[Latency]:
+    """One row for each token count and its batch; what could not be had is None, with a note."""
+    return [_row(reference, rewritten, batch, count) for batch, count in zip(feeds, tokens, strict=True)]
 
 
-def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: int) -> Mapping[str, Tensor] | str:
-    """One batch of `tokens` tokens, or why there can be none."""
+Batch = Mapping[str, Tensor] | str  # or why there can be none
+
+
+def batches(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: Sequence[int]) -> list[Batch]:
+    """One batch of so many tokens for each count."""
+    return [feeds_at(graph, specs, explicit, count) for count in tokens]
+
+
+def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: int) -> Batch:
     sizes = token_sizes(specs, explicit, tokens)
     first = next((spec.dims[0] for spec in specs if spec.dims), 1)
     rows = first if isinstance(first, int) else sizes[first]
@@ -69,7 +69,7 @@ def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, in
         return str(error)
 
 
-def _row(reference: Reference, rewritten: Runner, feeds: Mapping[str, Tensor] | str, tokens: int) -> Latency:
+def _row(reference: Reference, rewritten: Runner, feeds: Batch, tokens: int) -> Latency:
     from rewriter.timing import interleave
 
     int8, empty = reference.int8, Latency(tokens, reference.threads, None, None, None, None, None)
@@ -78,7 +78,7 @@ def _row(reference: Reference, rewritten: Runner, feeds: Mapping[str, Tensor] | 
     runners = [reference.dense, rewritten, *([int8] if int8 else [])]
     calls: list[Callable[[], object]] = [lambda r=r: r(feeds) for r in runners]  # type: ignore[misc]
     try:
-        timing = interleave(calls, seconds=SECONDS)
+        timing = interleave(calls, seconds=SECONDS, again=True)
     except Exception as error:  # a model that does not take this length is no reason to lose the run
         return Latency(**{**vars(empty), "note": f"not measured at {tokens} tokens: {str(error).splitlines()[0][:160]}"})
     low, middle, high = timing.ratio(0, 1)

@@ -25,7 +25,7 @@ from rewriter.gate import not_smaller, refused, tolerance
 from rewriter.graph import Graph, Site
 from rewriter.inputs import parse_dims
 from rewriter.job import Job
-from rewriter.latency import Reference, latencies
+from rewriter.latency import Reference, batches, latencies
 from rewriter.lengths import check_lengths
 from rewriter.memory import return_freed_blocks
 from rewriter.opened import as_file, open_model, target_of
@@ -290,7 +290,8 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
             nbytes["dense"] = size(dense)
             if options.timing:
                 reference, after = Reference.of(job.target, dense, options.threads), job.target.open(emitted, options.threads)
-                rows = latencies(reference, after, job.graph, job.source.specs, explicit, options.token_counts)
+                feeds = batches(job.graph, job.source.specs, explicit, options.token_counts)
+                rows = latencies(reference, after, feeds, options.token_counts)
         failure = not_smaller(rows, nbytes, job, len(provenance["report"].encode()))
         shutil.rmtree(folder / "dense")
     report = _report(job, error, rows, nbytes, planned=False)

@@ -25,14 +25,21 @@ class Timing:
         return ratios[round(0.1 * last)], median(ratios), ratios[round(0.9 * last)]
 
 
-def interleave(calls: Sequence[Callable[[], object]], seconds: float = 0.5, rounds: int = 200, least: int = 7) -> Timing:
-    """Time the calls in turn, in rounds, for about `seconds` each; one untimed round first. At least `least` rounds, at most `rounds`."""
+def interleave(
+    calls: Sequence[Callable[[], object]], seconds: float = 0.5, rounds: int = 200, least: int = 7, again: bool = False
+) -> Timing:
+    """Time the calls in turn, in rounds, for about `seconds` each; one untimed round first. At least `least` rounds, at most `rounds`.
+
+    `again`: each is called twice in a row and the second time counts: the caches hold what it leaves there itself, as in a loop over it.
+    """
     for call in calls:
         call()
     samples: list[list[float]] = [[] for _ in calls]
     begin = time.perf_counter()
     while len(samples[0]) < rounds and (len(samples[0]) < least or time.perf_counter() - begin < seconds * len(calls)):
         for row, call in zip(samples, calls, strict=True):
+            if again:
+                call()
             start = time.perf_counter()
             call()
             row.append(time.perf_counter() - start)

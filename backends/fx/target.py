@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from rewriter.backend import EmitOptions, Runner
+from rewriter.backend import EmitOptions, Layer, Runner, Whole
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.files.pt2 import load_pt2, save_pt2
 from rewriter.backends.fx.custom_op import MAP, SITE, body, map_body
@@ -21,8 +22,9 @@ from rewriter.backends.fx.interpreter import run
 from rewriter.backends.fx.trace import decomposed
 from rewriter.backends.random_form import random_form
 from rewriter.cache import measured
+from rewriter.cost_model import by_form, measure_forms
 from rewriter.errors import RewriteError
-from rewriter.graph import Graph
+from rewriter.graph import Graph, Site
 from rewriter.operator import AbstractMap, AbstractMatrix, AbstractOperator, flatten
 from rewriter.timing import interleave
 
@@ -60,7 +62,7 @@ class TorchTarget:
 
     name = timed_as = "torch"
     suffix = ".pt2"
-    accepts = ("torch",)
+    accepts: tuple[str, ...] = ("torch",)
 
     def __init__(self, provider: str = "", kernels: bool = False) -> None:
         """Providers and kernels are ONNX Runtime's; torch runs on the CPU."""
@@ -95,6 +97,13 @@ class TorchTarget:
     def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
         specs = [flatten(form)[1] for form in forms]
         return measured(len(forms), lambda: _time(specs, tokens, threads), f"torch {torch.__version__}", tokens, threads, *specs)
+
+    def layers(self, graph: Graph, sites: Sequence[Site], feeds: Mapping[str, Tensor]) -> Counter[Layer]:
+        """Linear layers alone: what stands behind them is not fused with them."""
+        return by_form(graph, sites, feeds)
+
+    def measure_layers(self, layers: Sequence[Layer], whole: Whole, threads: int) -> list[float]:
+        return measure_forms(self, layers, whole, threads)
 
 
 class _Program:

@@ -238,18 +238,24 @@ def cut(chain: Members, turns: Turns) -> set[ir.Node]:
     return {node for node in chain if node in first}
 
 
+def dims_of(members: Members, rank: int) -> dict[ir.Value, Sequence[int | str | None]]:
+    """Of everything that members read or write, constants too."""
+    widths = {v: form.inputs for node, form in members.items() for v in node.inputs if v is not None}
+    widths |= {node.outputs[0]: form.width for node, form in members.items()}
+    return {value: [*(f"d{i}" for i in range(rank - 1)), width] for value, width in widths.items()}
+
+
 def _as_it_stands(run: Sequence[ir.Node], timed: Members, constants: Constants, conditions: Conditions) -> Seconds:
     """The run as it stands in the model, both ways."""
     rank = timed[run[0]].rank
-    widths = {v: form.inputs for node, form in timed.items() for v in node.inputs if v is not None}
-    widths |= {node.outputs[0]: form.width for node, form in timed.items()}
+    dims = dims_of(timed, rank)
     nbytes = sum(matrix_skeleton(spec_of(node)[0])[0].cost().nbytes for node in run if is_opaque(node))
     lowered = {spec_of(node): timed[node].lowering for node in run if is_opaque(node)}
 
     def time(tokens: int) -> list[float]:
         # copies of many tokens would take each other's values out of the cache, which in the model nobody does
         copies = copies_of_bytes(nbytes, tokens) if tokens <= FEW_TOKENS else 1
-        models = [part(run, widths, rank, constants, conditions.opset, copies) for _ in range(2)]
+        models = [part(run, dims, constants, conditions.opset, copies) for _ in range(2)]
         attach(models[0], lambda spec, rank: lowered[spec, rank])
         attach(models[1], lambda _spec, _rank: COLUMNS)
         return [seconds / copies for seconds in time_models(models, tokens, conditions.threads)]

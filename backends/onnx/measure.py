@@ -11,9 +11,11 @@ from importlib.metadata import version
 import onnx_ir as ir
 import torch
 
-from rewriter.backends.onnx.emit import attach
-from rewriter.backends.onnx.opaque import opaque
+from rewriter.backend import Layer, Whole
+from rewriter.backends.onnx.emit import attach, default_lowering
+from rewriter.backends.onnx.opaque import is_opaque, lowering_of, opaque, spec_of
 from rewriter.backends.onnx.run import CPU, Session
+from rewriter.backends.onnx.stretch import Stretch
 from rewriter.backends.onnx.tensors import from_torch, onnx_dtype
 from rewriter.backends.random_form import random_form
 from rewriter.cache import measured
@@ -37,8 +39,6 @@ def measure(
 
     `kernels`: what they cover runs in them, but for a dense weight, which is left to the runtime.
     """
-    from rewriter.backends.kernels.session import trusted
-
     known: dict[str, list[AbstractOperator]] = {}
     rank = 0 if isinstance(forms[0], AbstractMap) else 2
     for form in forms:
@@ -53,8 +53,14 @@ def measure(
         seconds = dict(zip(specs, time_bodies(bodies, rank, tokens, threads, provider), strict=True))
         return [seconds[flatten(form)[1]] for form in forms]
 
-    library = trusted().path.stem if kernels else ""  # a hash of its code, compiler, instructions
-    return measured(len(forms), time, RUNTIME, provider, contrib, library, tokens, threads, *[flatten(form)[1] for form in forms])
+    return measured(len(forms), time, RUNTIME, provider, contrib, _library(kernels), tokens, threads, *[flatten(form)[1] for form in forms])
+
+
+def _library(kernels: bool) -> str:
+    """A hash of its code, compiler and instructions; empty without kernels."""
+    from rewriter.backends.kernels.session import trusted
+
+    return trusted().path.stem if kernels else ""
 
 
 def _covers(spec: str) -> bool:
@@ -116,8 +122,41 @@ def _call(model: ir.Model, tokens: int, threads: int) -> Callable[[], object]:
     for value in model.graph.inputs:
         dims = list(value.shape or ())
         feeds[value.name or ""] = torch.randn(*[1] * (len(dims) - 2), tokens, *[d for d in dims[-1:] if isinstance(d, int)])
-    arrays = session.arrays(feeds)
-    return lambda: session.session.run(None, arrays)
+    return session.bound(feeds)
+
+
+def measure_layers(layers: Sequence[Layer], whole: Whole, threads: int, provider: str = CPU, kernels: bool = False) -> list[float]:
+    """Seconds of each layer as it stands in its model, in the lowering that its file has, then those of the whole model; `kernels`: what
+    they cover runs in them. Weights come from where the rest of the layer's model leaves them."""
+    copies = [copies_of_bytes(layer.what.nbytes, layer.tokens, layer.what.together) if layer.what.nbytes else 1 for layer in layers]
+    pairs = list(zip(layers, copies, strict=True))
+
+    def time() -> list[float]:
+        calls = [_layer_call(layer.what, count, threads, provider, kernels) for layer, count in pairs]
+        timing = interleave([*calls, whole.call], seconds=SECONDS, again=True)
+        return [timing.seconds(i) / count for i, count in enumerate([*copies, 1])]
+
+    what = [RUNTIME, "layers", provider, _library(kernels), threads, whole.key, *(f"{count} {layer.key}" for layer, count in pairs)]
+    return measured(len(layers) + 1, time, *what)
+
+
+def _layer_call(stretch: Stretch, copies: int, threads: int, provider: str, kernels: bool) -> Callable[[], object]:
+    model = stretch.model(copies)
+    lowered = {spec_of(node): lowering_of(node) for node in model.graph if is_opaque(node)}
+    library = covered(model, threads) if kernels else ""
+    attach(model, lambda spec, rank: lowered[spec, rank] or default_lowering(spec, rank))
+    session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider, library=library)
+    given = [torch.randn(x.shape) if x.is_meta else x for x in stretch.given] * copies
+    return session.bound({v.name or "": x for v, x in zip(model.graph.inputs, given, strict=True)})
+
+
+def covered(model: ir.Model, threads: int) -> str:
+    """What kernels cover of it is put into them; their library."""
+    from rewriter.backends.kernels.covering import cover
+    from rewriter.backends.kernels.session import trusted
+
+    cover(model, trusted(), threads)
+    return str(trusted().path)
 
 
 def copies_of(spec: str, tokens: int) -> int:
@@ -127,11 +166,11 @@ def copies_of(spec: str, tokens: int) -> int:
     return copies_of_bytes(operator.cost().nbytes, tokens)
 
 
-def copies_of_bytes(nbytes: int, tokens: int) -> int:
-    """So many that no cache holds such weights together, where tokens are few."""
+def copies_of_bytes(nbytes: int, tokens: int, together: int = COLD_BYTES) -> int:
+    """So many that they have as many bytes together, by default more than any cache holds, where tokens are few."""
     if tokens > FEW_TOKENS:
         return MANY_TOKENS_COPIES
-    return max(MANY_TOKENS_COPIES, min(MOST_COPIES, -(-COLD_BYTES // max(nbytes, 1))))
+    return max(MANY_TOKENS_COPIES, min(MOST_COPIES, -(-min(together, COLD_BYTES) // max(nbytes, 1))))
 
 
 def body_call(
@@ -143,19 +182,13 @@ def body_call(
     model.graph.opset_imports[""] = opset
     library = ""
     if lowering == KERNEL:
-        from rewriter.backends.kernels.covering import cover
-        from rewriter.backends.kernels.session import trusted
-
-        cover(model, trusted(), threads)
-        library = str(trusted().path)
+        library = covered(model, threads)
     attach(model, lambda _spec, _rank: lowering)
     session = Session(ir.to_proto(model).SerializeToString(), threads, provider=provider, library=library)
     if rank:
         shape = (*[1] * (rank - 2), *[tokens][: rank - 1], forms[0].shape[1])
-        feeds = session.arrays({v.name or "": torch.randn(shape) for v in model.graph.inputs})
-    else:
-        feeds = session.arrays({name: x / 8 if x.is_floating_point() else x for name, x in examples(forms[0], tokens).items()})
-    return lambda: session.session.run(None, feeds)
+        return session.bound({v.name or "": torch.randn(shape) for v in model.graph.inputs})
+    return session.bound({name: x / 8 if x.is_floating_point() else x for name, x in examples(forms[0], tokens).items()})
 
 
 def examples(operator: AbstractMap, tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:

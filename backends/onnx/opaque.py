@@ -45,6 +45,12 @@ def opaque(inputs: Sequence[ir.Value], factors: Sequence[ir.Value], spec: str, s
     return ir.Node(DOMAIN, kind(spec), given, overload=overload(spec, rank), version=VERSION, num_outputs=outputs, metadata_props=meta)
 
 
+def lowering_of(node: ir.Node) -> str:
+    """What its overload says of the lowering; empty where it was not settled yet. That of a map ends in how many outputs are wanted."""
+    said = node.overload.split("_", 2)[2:]
+    return "" if not said else said[0] if spec_of(node)[1] else said[0].rpartition("_")[0]
+
+
 def spec_of(node: ir.Node) -> tuple[str, int]:
     """The spec and the rank that an opaque node holds."""
     return node.metadata_props[SPEC], int(node.metadata_props[RANK])

@@ -5,13 +5,15 @@ Both write standard bodies in model-local functions; a registered kernel of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
-from rewriter.backend import EmitOptions, Runner
+from rewriter.backend import EmitOptions, Layer, Runner, Whole
 from rewriter.backends.files.onnx_file import load_onnx, save_onnx
 from rewriter.backends.kernels.session import open_covered, trusted
 from rewriter.backends.onnx.emit import finish
@@ -19,12 +21,13 @@ from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.int8 import open_int8
 from rewriter.backends.onnx.layout import Conditions, layouts
 from rewriter.backends.onnx.lowering import chooser
-from rewriter.backends.onnx.measure import measure
+from rewriter.backends.onnx.measure import measure, measure_layers
 from rewriter.backends.onnx.opaque import DOMAIN
 from rewriter.backends.onnx.run import CPU, Session, check_provider, loadable
+from rewriter.backends.onnx.stretch import layers
 from rewriter.backends.onnx.widen import needs_widening, widen
 from rewriter.errors import RewriteError
-from rewriter.graph import Graph
+from rewriter.graph import Graph, Site
 from rewriter.operator import AbstractOperator
 
 PORTABLE = {"", "ai.onnx", "ai.onnx.ml", DOMAIN}
@@ -85,6 +88,15 @@ class OnnxTarget:
 
     def measure(self, forms: Sequence[AbstractOperator], tokens: int, threads: int) -> list[float]:
         return measure(forms, tokens, threads, self.provider, self.contrib, self.kernels)
+
+    def layers(self, graph: Graph, sites: Sequence[Site], feeds: Mapping[str, Tensor]) -> Counter[Layer]:
+        """Layers with their endings, attention and other maps, see backends/onnx/stretch.py."""
+        if not isinstance(graph, OnnxGraph):
+            raise RewriteError(f"a {graph.format} graph has no ONNX layers; emit it first")
+        return layers(graph, sites, feeds)
+
+    def measure_layers(self, layers: Sequence[Layer], whole: Whole, threads: int) -> list[float]:
+        return measure_layers(layers, whole, threads, self.provider, self.kernels)
 
 
 class OnnxRuntimeTarget(OnnxTarget):

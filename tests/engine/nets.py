@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import registry
+from rewriter.backend import Layer, Whole
 from rewriter.backends.files.load import open_source
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.cache import FitCache
 from rewriter.calibrate import Calibration, Samples
+from rewriter.cost_model import by_form, measure_forms
 from rewriter.graph import Graph, Site
 from rewriter.operator import AbstractMatrix
 from rewriter.options import Options
@@ -114,6 +117,7 @@ class FakeTarget:
     def __init__(self, seconds: Callable[[AbstractMatrix], float]) -> None:
         self.rule = seconds
         self.asked: list[list[str]] = []
+        self.whole = 1.0  # seconds of a whole model
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -121,6 +125,13 @@ class FakeTarget:
     def measure(self, forms: Sequence[AbstractMatrix], tokens: int, threads: int) -> list[float]:
         self.asked.append([type(f).__name__ for f in forms])
         return [self.rule(f) for f in forms]
+
+    def layers(self, graph: Graph, sites: Sequence[Site], feeds: Mapping[str, Tensor]) -> Counter[Layer]:
+        return by_form(graph, sites, feeds)
+
+    def measure_layers(self, layers: Sequence[Layer], whole: Whole, threads: int) -> list[float]:
+        *seconds, _ = measure_forms(self, layers, whole, threads)  # type: ignore[arg-type]
+        return [*seconds, self.whole]
 
 
 def context(g: Graph, folder: Path, target: Any = None, data: Samples | None = None, **changes: Any) -> Context:

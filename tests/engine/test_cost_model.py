@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
+from torch import Tensor
 
 from rewriter import pipeline
-from rewriter.cost_model import AGREE, layers, predicted
+from rewriter.cost_model import AGREE, by_form, predicted
 from rewriter.graph import Graph
 from rewriter.opened import open_model
 from rewriter.options import Options
 from rewriter.report import Latency
-from tests.engine.nets import WIDE, FakeTarget, WideMlp, graph
+from tests.engine.nets import WIDE, FakeTarget, WideMlp, graph, normal, sites
 
+FEEDS = {"x": normal(1, 7, 96)}
 SECONDS = 1e-6  # a stored number, by the fake target's rule
 
 
@@ -27,31 +31,41 @@ def rewritten(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return found
 
 
+def dense(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The dense model, of which a target knows the time by a rule."""
+    return dict(feeds)
+
+
 def row(measured: float | None) -> Latency:
     return Latency(7, 1, 0.1, None, measured, None, None, "as it was")
 
 
+@pytest.mark.parametrize("busy", [1, 2])  # how much slower everything was when the layers were timed
 @pytest.mark.parametrize(("off", "flagged"), [(0.0, False), (0.14, False), (-0.14, False), (0.16, True), (-0.16, True)])
-def test_dense_less_what_is_gone_plus_what_came(off: float, flagged: bool, rewritten: Graph) -> None:
-    target = FakeTarget(lambda form: SECONDS * form.cost().params)
+def test_dense_less_what_is_gone_plus_what_came(off: float, flagged: bool, busy: int, rewritten: Graph) -> None:
+    target = FakeTarget(lambda form: busy * SECONDS * form.cost().params)
+    target.whole = busy * 0.1
     expected = 0.1 - SECONDS * 96 * 128 + SECONDS * 8 * (96 + 128)
-    (found,) = predicted([row(expected * (1 + off))], graph(WideMlp(), WIDE), rewritten, target)
+    (found,) = predicted([row(expected * (1 + off))], [FEEDS], graph(WideMlp(), WIDE), rewritten, dense, target)
     assert found.predicted_seconds == pytest.approx(expected)
     assert (f"more than {AGREE:.0%}" in found.note) == flagged and found.note.startswith("as it was")
-    assert {kind for asked in target.asked for kind in asked} == {"Dense", "LowRank"} and len(target.asked) == 2  # what stayed is not timed
+    assert [sorted(asked) for asked in target.asked] == [["Dense", "LowRank"]]  # together; what stayed is not timed
 
 
 def test_without_measured_times_nothing_is_predicted(rewritten: Graph) -> None:
     target = FakeTarget(lambda form: 1.0)
     g = graph(WideMlp(), WIDE)
-    assert predicted([row(None)], g, rewritten, target) == [row(None)] and target.asked == []
+    assert predicted([row(None)], [FEEDS], g, rewritten, dense, target) == [row(None)] and target.asked == []
+    assert predicted([row(0.1)], ["no such batch"], g, rewritten, dense, target) == [row(0.1)] and target.asked == []
 
 
 def test_more_than_there_was_is_flagged(rewritten: Graph) -> None:
     target = FakeTarget(lambda form: float(form.cost().params))
-    (found,) = predicted([row(0.05)], graph(WideMlp(), WIDE), rewritten, target)
+    (found,) = predicted([row(0.05)], [FEEDS], graph(WideMlp(), WIDE), rewritten, dense, target)
     assert found.predicted_seconds == 0.0 and "more than" in found.note
 
 
 def test_layers_are_counted_by_their_places() -> None:
-    assert sum(layers(graph(WideMlp(), WIDE)).values()) == 2
+    g = graph(WideMlp(), WIDE)
+    found = by_form(g, sites(g), FEEDS)
+    assert sum(found.values()) == 2 and {layer.tokens for layer in found} == {7}

@@ -93,7 +93,12 @@ class Three:
 def rows(monkeypatch: pytest.MonkeyPatch, **how: bool) -> list[Latency]:
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     g, target = graph(Mlp()), Three(**how)
-    return latency.latencies(latency.Reference.of(target, Path("dense"), 1), target.open(Path("new"), 1), g, [parse_input(MLP)], {}, (2, 5))  # type: ignore[arg-type]
+    return latency.latencies(
+        latency.Reference.of(target, Path("dense"), 1),
+        target.open(Path("new"), 1),
+        latency.batches(g, [parse_input(MLP)], {}, (2, 5)),
+        (2, 5),
+    )  # type: ignore[arg-type]
 
 
 def test_every_figure_and_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,5 +122,6 @@ def test_what_cannot_be_had_has_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_that_cannot_be_invented_have_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     specs = [parse_input("ids:int64[batch,seq]")]
-    (row,) = latency.latencies(latency.Reference.of(Three(), Path("dense"), 1), Three().open(Path("new"), 1), graph(Mlp()), specs, {}, (2,))  # type: ignore[arg-type]
+    batches = latency.batches(graph(Mlp()), specs, {}, (2,))
+    (row,) = latency.latencies(latency.Reference.of(Three(), Path("dense"), 1), Three().open(Path("new"), 1), batches, (2,))  # type: ignore[arg-type]
     assert row.ratio is None and "indexes no table that bounds it" in row.note
