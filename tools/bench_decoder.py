@@ -5,11 +5,11 @@
 The weights are random (seed 0): nobody can fetch trained ones here. So the errors are those of numbers, of 8 bits and of a structure that
 random weights do not have, and say nothing about text. Rows: ONNX Runtime's dense float32 (its own optimiser on), its dynamic int8,
 torch.compile; then ours: dense weights in 8 bits, in 4 bits, and each linear layer in a share of its numbers, in 8 bits; all on stock
-operators and in kernels. The cache is an input and an output. Times are medians of calls interleaved in one process, at batch 1; a cell is
-milliseconds and how many times as fast as ONNX Runtime's int8. Sizes are of files, in brackets over the dense one's. The error is
-|y' - y| / |y| of logits over all steps of all prompts: each form decodes the same random tokens from its own cache, whose oldest token is
-dropped at each step, so that its length stays. Red, and nothing is printed, where outputs are not finite, or where dense float32 or
-torch.compile are off from the torch model. Below, the time by operator, of dense float32 and of ours in kernels.
+operators and in kernels. The cache is an input and an output. Times are medians of calls interleaved in one process, each the second of two
+in a row, at batch 1; a cell is milliseconds and how many times as fast as ONNX Runtime's int8. Sizes are of files, in brackets over the
+dense one's. The error is |y' - y| / |y| of logits over all steps of all prompts: each form decodes the same random tokens from its own
+cache, whose oldest token is dropped at each step, so that its length stays. Red, and nothing is printed, where outputs are not finite, or
+where dense float32 or torch.compile are off from the torch model. Below, the time by operator, of dense float32 and of ours in kernels.
 """
 
 from __future__ import annotations

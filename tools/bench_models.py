@@ -4,10 +4,10 @@
 
 Rows: ONNX Runtime's dense float32 (its own optimiser on), its dynamic int8, torch.compile; then ours: dense weights in 8 bits, in 4 bits,
 and shares of the linear layers' numbers, each healed for some minutes where asked, in 8 bits; all on stock operators and in kernels. Times
-are medians of calls interleaved in one process; a cell is milliseconds and how many times as fast as ONNX Runtime's int8. Sizes are of
-files, in brackets over the dense one's. The error is 1 - the mean cosine of sentence embeddings with the dense model's, on 600 sentences
-that nothing was fitted to. A row whose outputs are not finite is red, and nothing is printed. Below, the time by operator at the first
-batch, of dense float32 and of ours in kernels. A decoder: bench_decoder.py.
+are medians of calls interleaved in one process, each the second of two in a row; a cell is milliseconds and how many times as fast as ONNX
+Runtime's int8. Sizes are of files, in brackets over the dense one's. The error is 1 - the mean cosine of sentence embeddings with the dense
+model's, on 600 sentences that nothing was fitted to. A row whose outputs are not finite is red, and nothing is printed. Below, the time by
+operator at the first batch, of dense float32 and of ours in kernels. Forms are chosen by bytes, not by time. A decoder: bench_decoder.py.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Shown:
 def show(found: Sequence[Form], shown: Shown) -> None:
     """The table, and below it the time by operator at the first inputs, of dense float32 and of what kernels run."""
     console, (measure, wrong) = Console(width=130), shown.error
-    timings = [interleave([partial(f.run, x) for f in found], seconds=shown.seconds) for x in shown.inputs.values()]
+    timings = [interleave([partial(f.run, x) for f in found], seconds=shown.seconds, again=True) for x in shown.inputs.values()]
     table = Table("model", *(f"ms {head}" for head in shown.inputs), "MB", measure, title=shown.title)
     base = next(i for i, f in enumerate(found) if f.name == INT8)
     for i, form in enumerate(found):
