@@ -1,6 +1,6 @@
 """GPT-2 small's shape as a whole on the CPU, one token with a cache: what a user already has, and what we make of it.
 
-    python tools/bench_decoder.py [--share 0.5] [--passes low-rank] [--threads 1] [--past 128] [--layers 12] [--seconds 4]
+    python tools/bench_decoder.py [--share 0.5] [--passes low-rank] [--threads 1] [--past 128] [--layers 12] [--keep FOLDER]
 
 The weights are random (seed 0): nobody can fetch trained ones here. So the errors are those of numbers, of 8 bits and of a structure that
 random weights do not have, and say nothing about text. Rows: ONNX Runtime's dense float32 (its own optimiser on), its dynamic int8,
@@ -126,10 +126,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="fewer for a quick look")
     parser.add_argument("--samples", type=int, default=32, help="invented, to calibrate and certify with")
     parser.add_argument("--seconds", type=float, default=4, help="of timing each form")
+    parser.add_argument("--keep", type=Path, help="where the models stay; what lies there is not made again")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        model = built(given.layers, Path(work) / "gpt2")
-        found = list(forms(model, Path(work), given))
+    with tempfile.TemporaryDirectory() as passing:
+        work = given.keep or Path(passing)
+        work.mkdir(parents=True, exist_ok=True)
+        model = built(given.layers, work / "gpt2")
+        found = list(forms(model, work, given))
         wrong = errors(found, model, given.past, given.threads)
         threads = f"{given.threads} thread{'s' * (given.threads > 1)}"
         title = f"GPT-2 small's shape, {given.layers} layers, random weights (errors say nothing about text), {threads}"

@@ -47,7 +47,9 @@ class Form:
 def dense_forms(dense: Path, compiled: Run, threads: int) -> Iterator[Form]:
     """What a user already has, dense float32 first."""
     yield Form("dense float32", Session(str(dense), threads), size(dense), dense)
-    int8 = quantise(dense, dense.with_name("int8.onnx"))
+    int8 = dense.with_name("int8.onnx")
+    if not int8.exists():
+        quantise(dense, int8)
     yield Form(INT8, Session(str(int8), threads), size(int8), int8)
     yield Form("torch.compile", compiled, None)
 
