@@ -240,6 +240,14 @@ class Graph(Protocol):
         close); RewriteError where something else is needed or an operation cannot be computed."""
         ...
 
+    def put(self, value: Value, tensor: Tensor) -> None:
+        """The stored parameter that a value is (it has no producer) holds this tensor from here on, of the same shape and type."""
+        ...
+
+    def skip(self, value: Value, kept: Value) -> None:
+        """What reads `value` reads `kept`, which is there before it, from here on. There is no way back."""
+        ...
+
     def restore(self, site: Site) -> None:
         """Undo `splice`: the original nodes are used again."""
         ...
@@ -290,10 +298,38 @@ class Graph(Protocol):
 
 def load_weight(graph: Graph, site: Site) -> Tensor:
     """The site's (m, n) matrix, in its stored dtype."""
-    ref = site.weights["weight"]
+    assert site.shape is not None
+    return load_matrix(graph, site.weights["weight"], site.shape)
+
+
+def load_matrix(graph: Graph, ref: WeightRef, shape: tuple[int, int]) -> Tensor:
+    """What a reference says, in its stored dtype; one of the sizes may be -1."""
     tensor = graph.const(ref.value)
-    assert tensor is not None and site.shape is not None
+    assert tensor is not None
     if ref.axes:
         tensor = tensor.permute(ref.axes)
-    tensor = tensor.reshape(site.shape)
+    tensor = tensor.reshape(shape)
     return tensor if ref.scale == 1.0 else tensor * ref.scale
+
+
+def put_matrix(graph: Graph, ref: WeightRef, matrix: Tensor) -> None:
+    """Store the (m, n) matrix where a reference reads it, in its own dtype: the inverse of `load_matrix`, back through transposes."""
+    value = ref.value
+    axes = ref.axes or tuple(range(len(graph.shape(value) or ())))
+    sizes = [int(size) for size in graph.shape(value) or ()]
+    turned = (matrix if ref.scale == 1.0 else matrix / ref.scale).reshape([sizes[axis] for axis in axes])
+    tensor = turned.permute([axes.index(axis) for axis in range(len(axes))])
+    while (node := graph.producer(value)) is not None:
+        axes = graph.attributes(node)["axes"]
+        tensor = tensor.permute([axes.index(axis) for axis in range(len(axes))])
+        value = next(v for v in graph.inputs(node) if v is not None)
+    graph.put(value, tensor)
+
+
+def is_turned(graph: Graph, value: Value) -> bool:
+    """Whether a constant is a stored parameter, as it is or transposed."""
+    while (node := graph.producer(value)) is not None:
+        if graph.op(node) != "transpose":
+            return False
+        value = next(v for v in graph.inputs(node) if v is not None)
+    return True

@@ -238,6 +238,16 @@ class FxGraph:
         self._trained[site.id] = [name for name in self._own[site.id] if self.program.state_dict[name].is_floating_point()]
         return [self.program.state_dict[name].requires_grad_() for name in self._trained[site.id]]
 
+    def put(self, value: Node, tensor: Tensor) -> None:
+        name, held = self.constants.stored[value], tensor.contiguous()
+        where = self.program.state_dict if name in self.program.state_dict else self.program.constants
+        where[name] = torch.nn.Parameter(held, requires_grad=False) if isinstance(where[name], torch.nn.Parameter) else held
+        self._settle()
+
+    def skip(self, value: Node, kept: Node) -> None:
+        value.replace_all_uses_with(kept)
+        self._settle()
+
     def restore(self, site: Site) -> None:
         self._trained.pop(site.id, None)
         for old, new in self._spliced.pop(site.id):

@@ -26,7 +26,7 @@ from rewriter.backends.onnx.edit import Bias, Names, stand_in, store_factors
 from rewriter.backends.onnx.opaque import DOMAIN, SPEC, VERSION, is_opaque, spec_of
 from rewriter.backends.onnx.run import Part, Tapped, no_gradients
 from rewriter.backends.onnx.shapes import infer
-from rewriter.backends.onnx.tensors import torch_dtype
+from rewriter.backends.onnx.tensors import from_torch, torch_dtype
 from rewriter.errors import RewriteError
 from rewriter.graph import Loop, Place, Region, Site
 from rewriter.inputs import InputSpec
@@ -228,6 +228,14 @@ class OnnxGraph:
         last.graph.insert_after(last, nodes)
         new.shape, new.type = old.shape, old.type
         _replace(old, new)
+
+    def put(self, value: ir.Value, tensor: Tensor) -> None:
+        value.const_value = from_torch(tensor.contiguous(), value.name or "")
+        self._edited()
+
+    def skip(self, value: ir.Value, kept: ir.Value) -> None:
+        _replace(value, kept)
+        self._edited()
 
     def restore(self, site: Site) -> None:
         edit = self._spliced.pop(site.id)

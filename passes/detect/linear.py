@@ -56,7 +56,7 @@ def _split(graph: Graph, group: list[Spelling]) -> list[list[Spelling]]:
 def _equal(graph: Graph, a: Spelling, b: Spelling) -> bool:
     if (a.shape, a.scale) != (b.shape, b.scale):
         return False
-    if a.axes == b.axes and _alike(graph, a.weight, b.weight):
+    if a.axes == b.axes and alike(graph, a.weight, b.weight):
         return True
     left, right = _matrix(graph, a), _matrix(graph, b)
     if _address(left) == _address(right):
@@ -64,7 +64,7 @@ def _equal(graph: Graph, a: Spelling, b: Spelling) -> bool:
     return torch.equal(left, right)
 
 
-def _alike(graph: Graph, a: Value, b: Value) -> bool:
+def alike(graph: Graph, a: Value, b: Value) -> bool:
     """Computed by equal steps from one value: equal, without a look at the numbers."""
     seen, stack = set[tuple[Value, Value]](), [(a, b)]
     while stack:
