@@ -240,6 +240,15 @@ class Graph(Protocol):
         close); RewriteError where something else is needed or an operation cannot be computed."""
         ...
 
+    def branch(self, site: Site, down: Tensor, up: Tensor, shift: Tensor | None = None) -> None:
+        """At each place y + up (down x) (+ shift) instead of y, in plain operations: down (r, n), up (m, r), shift (m,) become stored
+        parameters `<site name>.lora_A` and so on. There is no way back."""
+        ...
+
+    def parameters(self) -> Mapping[str, Value]:
+        """Every stored parameter of the main body, by name."""
+        ...
+
     def put(self, value: Value, tensor: Tensor) -> None:
         """The stored parameter that a value is (it has no producer) holds this tensor from here on, of the same shape and type."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
 from rewriter.backends.fx.constants import Body
+from rewriter.graph import Layout
 
 
 def fake_mode(program: ExportedProgram) -> FakeTensorMode:
@@ -33,6 +34,20 @@ def call(graph: Graph, mode: FakeTensorMode, target: Any, *args: Any, like: Node
     if like is not None:
         node.meta.update({k: like.meta[k] for k in ("nn_module_stack", "torch_fn") if k in like.meta})
     return node
+
+
+def features(call: Callable[..., Node], x: Node, layout: Layout) -> Node:
+    """The features of x along its last axis."""
+    if layout.before:
+        x = call(torch.ops.aten.permute.default, x, list(layout.before))
+    return call(torch.ops.aten.flatten.using_ints, x, -layout.join, -1) if layout.join > 1 else x
+
+
+def as_before(call: Callable[..., Node], y: Node, layout: Layout) -> Node:
+    """A product with the features where a place has them."""
+    if layout.spread:
+        y = call(torch.ops.aten.unflatten.int, y, -1, list(layout.spread))
+    return call(torch.ops.aten.permute.default, y, list(layout.after)) if layout.after else y
 
 
 def add_parameter(program: ExportedProgram, mode: FakeTensorMode, name: str, tensor: Tensor) -> Node:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -180,10 +181,13 @@ class FxGraph:
 
     def _store(self, site: Site, field: str, tensor: Tensor) -> Node:
         """A new parameter of the site under a name that nothing has."""
-        name = f"{site.name}.structured.{field}"
+        node = self._add(f"{site.name}.structured.{field}", tensor)
+        self._own[site.id].append(str(self.program.graph_signature.input_specs[0].target))
+        return node
+
+    def _add(self, name: str, tensor: Tensor) -> Node:
         while name in self.program.state_dict or name in self.program.constants:
             name += "_"
-        self._own[site.id].append(name)
         return edit.add_parameter(self.program, self.mode, name, tensor.detach().contiguous())
 
     def _total(self, site: Site, place: Place, shift: Tensor | None) -> Node | None:
@@ -217,26 +221,33 @@ class FxGraph:
             return edit.call(graph, self.mode, target, *args, like=last)
 
         with graph.inserting_before(place.y.next):
-            x = self._current(place.x)
-            if layout.before:
-                x = call(aten.permute.default, x, list(layout.before))
-            if layout.join > 1:
-                x = call(aten.flatten.using_ints, x, -layout.join, -1)
-            y = call(SITE, x, local, spec, width, site.name)
+            y = call(SITE, edit.features(call, self._current(place.x), layout), local, spec, width, site.name)
             if place.bias is not None and not self.is_const(place.bias):
                 bias = self._current(place.bias)
                 y = call(aten.add.Tensor, y, bias if place.bias_scale == 1.0 else call(aten.mul.Tensor, bias, place.bias_scale))
             if total is not None:
                 y = call(aten.add.Tensor, y, total)
-            if layout.spread:
-                y = call(aten.unflatten.int, y, -1, list(layout.spread))
-            if layout.after:
-                y = call(aten.permute.default, y, list(layout.after))
-        return y
+            return edit.as_before(call, y, layout)
 
     def trainable(self, site: Site) -> Sequence[Tensor]:
         self._trained[site.id] = [name for name in self._own[site.id] if self.program.state_dict[name].is_floating_point()]
         return [self.program.state_dict[name].requires_grad_() for name in self._trained[site.id]]
+
+    def branch(self, site: Site, down: Tensor, up: Tensor, shift: Tensor | None = None) -> None:
+        parts = {"lora_A": down, "lora_B": up, "lora_bias": shift}
+        stored = [self._add(f"{site.name}.{name}", tensor) for name, tensor in parts.items() if tensor is not None]
+        for place in site.places:
+            graph, aten = place.y.graph, torch.ops.aten
+            call = functools.partial(edit.call, graph, self.mode, like=place.nodes[-1])
+            a, b, *bias = [edit.thread(node, self._bodies[graph]) for node in stored]
+            with graph.inserting_before(place.y.next):
+                low = call(aten.linear.default, edit.features(call, place.x, place.layout), a)
+                y = call(aten.add.Tensor, place.y, edit.as_before(call, call(aten.linear.default, low, b, *bias), place.layout))
+            place.y.replace_all_uses_with(y, delete_user_cb=lambda user, y=y: user is not y)
+        self._settle()
+
+    def parameters(self) -> Mapping[str, Node]:
+        return {name: node for node, name in self.constants.stored.items()}
 
     def put(self, value: Node, tensor: Tensor) -> None:
         name, held = self.constants.stored[value], tensor.contiguous()

@@ -13,7 +13,7 @@ from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.names import SCOPES
 from rewriter.backends.onnx.opaque import field_paths, opaque
 from rewriter.backends.onnx.tensors import from_torch
-from rewriter.graph import Place, Site
+from rewriter.graph import Layout, Place, Site
 from rewriter.operator import AbstractOperator, flatten
 
 
@@ -96,31 +96,37 @@ def stand_in(
     tape: Tape, site: Site, place: Place, x: ir.Value, bias: ir.Value | None, factors: Sequence[ir.Value], spec: str, total: Bias
 ) -> ir.Value:
     """Emit a place's replacement onto the tape; its last value is what the place's y was."""
-    layout, shape = place.layout, list(x.shape or ())
     assert site.shape is not None
-    m, n = site.shape
-    value = x
-    if layout.before:
-        value = tape.op("Transpose", [value], {"perm": list(layout.before)})
-        shape = [shape[axis] for axis in layout.before]
-        _typed(value, shape, x)
-    if layout.join > 1:
-        shape = [*shape[: -layout.join], n]
-        value = tape.op("Reshape", [value, ints(tape, *[0] * (len(shape) - 1), n)])
-        _typed(value, shape, x)
+    value, shape = features(tape, place.layout, x, site.shape[1])
     node = opaque([value], factors, spec, site.name, len(shape))
     scopes = place.nodes[0].metadata_props.get(SCOPES)
     if scopes:
         node.metadata_props[SCOPES] = scopes
     tape._nodes.append(node)  # a tape makes nodes, it cannot be handed one
     value = node.outputs[0]
-    _typed(value, [*shape[:-1], m], x)
-    value = total.add(tape, value, bias, place.bias_scale)
+    _typed(value, [*shape[:-1], site.shape[0]], x)
+    return as_before(tape, place.layout, total.add(tape, value, bias, place.bias_scale), len(shape))
+
+
+def features(tape: Tape, layout: Layout, x: ir.Value, width: int) -> tuple[ir.Value, list[object]]:
+    """The features of x along its last axis, and its shape then."""
+    value, shape = x, list[object](x.shape or ())
+    if layout.before:
+        value = tape.op("Transpose", [value], {"perm": list(layout.before)})
+        shape = [shape[axis] for axis in layout.before]
+        _typed(value, shape, x)
+    if layout.join > 1:
+        shape = [*shape[: -layout.join], width]
+        value = tape.op("Reshape", [value, ints(tape, *[0] * (len(shape) - 1), width)])
+        _typed(value, shape, x)
+    return value, shape
+
+
+def as_before(tape: Tape, layout: Layout, y: ir.Value, rank: int) -> ir.Value:
+    """A product of that rank with the features where a place has them."""
     if layout.spread:
-        value = tape.op("Reshape", [value, ints(tape, *[0] * (len(shape) - 1), *layout.spread)])
-    if layout.after:
-        value = tape.op("Transpose", [value], {"perm": list(layout.after)})
-    return value
+        y = tape.op("Reshape", [y, ints(tape, *[0] * (rank - 1), *layout.spread)])
+    return tape.op("Transpose", [y], {"perm": list(layout.after)}) if layout.after else y
 
 
 def _typed(value: ir.Value, shape: Sequence[object], like: ir.Value) -> None:

@@ -16,8 +16,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensor
 
 from rewriter.backends.files import onnx_file
 from rewriter.backends.files.onnx_file import load_onnx
-from rewriter.backends.onnx import graph as onnx_graph
-from rewriter.backends.onnx.graph import normalised
+from rewriter.backends.onnx import normal as onnx_graph
+from rewriter.backends.onnx.normal import normalised
 from rewriter.backends.onnx.opaque import DOMAIN
 from rewriter.errors import RewriteError
 from tests.files.test_onnx_file import WEIGHT, external, model, refused, written
