@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rewriter import registry
+from rewriter.adapters import Adapter, attach
 from rewriter.backend import EmitOptions, Target
 from rewriter.errors import RewriteError
 from rewriter.options import Options
 
 
 def open_model(model: Any, options: Options) -> Any:
-    """A source: its graph, specs, path and format; RewriteError for what is none."""
-    return importlib.import_module("rewriter.backends.files.load").open_source(model, options)
+    """A source: its graph, specs, path and format, the adapters that were asked for beside it; RewriteError for what is none."""
+    load = importlib.import_module("rewriter.backends.files.load")
+    source = load.open_source(model, options)
+    if not options.adapters:
+        return source
+    adapters, graph, notes = load.open_adapters(options.adapters), source.graph.clone(), []
+    for adapter in adapters:
+        manifest = attach(graph, [site for detect in registry.detectors() for site in detect(graph)], adapter)
+        notes.append(f"adapter {adapter.folder} on {len(adapter.updates)} linears at scale {adapter.scale:g}" + _whole(adapter, manifest))
+    return dataclasses.replace(source, graph=graph, notes=(*source.notes, *notes), adapted=True)
+
+
+def _whole(adapter: Adapter, manifest: Mapping[str, str]) -> str:
+    """The tensors that it replaces."""
+    names = [manifest[name] for name in adapter.saved]
+    return f", in place of {', '.join(names[:8])}{' …' * (len(names) > 8)}" if names else ""
 
 
 def as_file(source: Any, target: Target, path: Path, options: Options) -> Path:
     """The model as a file that the target opens: the user's own where it is one."""
-    if source.path and Path(source.path).is_file() and source.graph.format == "onnx" and target.suffix == ".onnx":
+    if source.path and not source.adapted and Path(source.path).is_file() and source.graph.format == "onnx" and target.suffix == ".onnx":
         return Path(source.path)
     target.emit(source.graph, path, EmitOptions(options.opset, False, options.token_counts, options.threads))
     return path

@@ -97,11 +97,10 @@ def _positions(config: Any) -> int:
     return int(found) - offset
 
 
-def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters: Sequence[tuple[str, float]] = ()) -> FolderModel:
-    """Load a folder as transformers saves them. `adapters` are (folder, scale) of LoRA adapters, kept as branches."""
+def load_folder(path: str | os.PathLike[str], task: str | None = None) -> FolderModel:
+    """Load a folder as transformers saves them."""
     folder = Path(path)
-    for where in (folder, *(Path(adapter) for adapter, _ in adapters)):
-        _check_links(where)
+    check_links(folder)
     config = _read_config(folder)
     _check_shards(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -115,10 +114,6 @@ def load_folder(path: str | os.PathLike[str], task: str | None = None, adapters:
         ) from None
     chosen = _model_class(transformers, config, task)
     model, notes = _load_weights(transformers, chosen, folder)
-    if adapters:
-        from rewriter.backends.files.lora import attach
-
-        notes += [attach(model, Path(where), scale) for where, scale in adapters]
     tokenizer = _load_tokenizer(transformers, folder)
     name = type(model).__name__
     specs = model_specs(model, with_cache=True)
@@ -204,7 +199,7 @@ def _is_plain_name(value: Any) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", value)
 
 
-def _check_links(folder: Path) -> None:
+def check_links(folder: Path) -> None:
     """Nothing outside the folder is read. The hub's cache links each snapshot's files to blobs beside it: its repository is one folder."""
     home = folder.resolve()
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):

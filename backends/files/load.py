@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewriter.adapters import Adapter
 from rewriter.backends.files.lengths import narrow
 from rewriter.backends.files.sniff import Kind, recognise
 from rewriter.errors import RewriteError
@@ -37,6 +38,7 @@ class Source:
     sizes: Mapping[str, int]  # of the dynamic dimensions, for examples and timing
     encode: Callable[[list[str]], Mapping[str, Tensor]] | None = None  # text -> feeds
     notes: tuple[str, ...] = field(default=())
+    adapted: bool = False  # the graph has adapters that its file has not
 
 
 def open_source(model: Any, options: Options) -> Source:
@@ -87,8 +89,6 @@ def _check_flags(path: Path, kind: Kind, options: Options) -> None:
         if options.arch:
             raise RewriteError(f"--arch is for state dicts, {path} is a Hugging Face folder; leave it out, or choose a head with --task")
         return
-    if options.adapters:
-        raise RewriteError(f"--adapter needs a Hugging Face folder, {path} is a file; merge the adapter first, or give the folder")
     if options.task:
         raise RewriteError(f"--task needs a Hugging Face folder, {path} is a file; leave it out, or give the folder")
     if options.arch and kind in (Kind.PT2, Kind.ONNX):
@@ -169,8 +169,7 @@ def _renames(own: InputSpec, given: InputSpec) -> bool:
 def _folder(path: Path, options: Options) -> Source:
     from rewriter.backends.files.folder import export_folder, load_folder
 
-    adapters = [_adapter(text) for text in options.adapters]
-    model = load_folder(path, options.task, adapters)
+    model = load_folder(path, options.task)
     given = parse_dims(options.dims) if options.dims else {}
     program = export_folder(model, given)
     sizes = fill_sizes(model.specs, given)
@@ -179,14 +178,21 @@ def _folder(path: Path, options: Options) -> Source:
     return replace(_source(_fx(program, model.specs), "folder", path, model.specs, sizes, encode), notes=notes)
 
 
-def _adapter(text: str) -> tuple[str, float]:
-    path, equals, scale = text.rpartition("=")
-    if not equals:
-        return text, 1.0
-    try:
-        return path, float(scale)
-    except ValueError:
-        raise RewriteError(f"--adapter {text} cannot be read; give DIR or DIR=SCALE with a number") from None
+def open_adapters(texts: Sequence[str]) -> list[Adapter]:
+    """Each DIR or DIR=SCALE, read."""
+    from rewriter.backends.files.folder import check_links
+    from rewriter.backends.files.peft import load_adapter
+
+    found = []
+    for text in texts:
+        path, equals, scale = text.rpartition("=")
+        try:
+            folder, strength = (Path(path), float(scale)) if equals else (Path(text), 1.0)
+        except ValueError:
+            raise RewriteError(f"--adapter {text} cannot be read; give DIR or DIR=SCALE with a number") from None
+        check_links(folder)
+        found.append(load_adapter(folder, strength))
+    return found
 
 
 def _source(graph: Graph, kind: str, path: Path | None, specs: Sequence[InputSpec], sizes: Mapping[str, int], encode: Any = None) -> Source:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from rewriter.backends.files.lora import REFUSED, attach
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rewriter.backends.files.lora import REFUSED, attach
 from rewriter.errors import RewriteError
 
 GOOD: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
