@@ -24,6 +24,7 @@ from rewriter.errors import RewriteError
 
 _WRAPPED = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)")
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
+_COPY = re.compile(r"\.modules_to_save\.(default\.)?")
 _PARTS = {"A.weight": "down", "B.weight": "up", "B.bias": "shift", "magnitude_vector": "magnitude", "magnitude_vector.weight": "magnitude"}
 REFUSED = (
     "trainable_token_indices", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
@@ -75,11 +76,16 @@ def _read(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     for key, value in load_safetensors(file).items():
         found = _WRAPPED.fullmatch(key)
         name = found["path"].replace(".base_layer.", ".") if found is not None else ""
+        if ".original_module." in name:
+            continue  # a whole module that is saved too runs in its place; peft lists its biases all the same
+        name, again = _COPY.subn(".", name)
         factor = _FACTOR.fullmatch(re.sub(r"(\.lora_\w+)\.(?!weight$|bias$)\w+", r"\1", name))
         if not name or ("lora_" in name and factor is None):
             text = f"{file} holds {key!r}, which is no part of a LoRA adapter of linears"
             raise RewriteError(f"{text}; merge it into the model with peft first")
         held, part = (parts.setdefault(factor["path"], {}), _PARTS[factor["part"]]) if factor is not None else (saved, name)
+        if part in held and again and held[part].equal(value):
+            continue
         if part in held:
             raise RewriteError(f"{file} holds {name!r} twice; save one adapter to a file")
         held[part] = value
@@ -92,11 +98,11 @@ def _update(folder: Path, config: dict[str, Any], path: str, held: Mapping[str, 
         raise _wrong(folder, f"{path!r} lacks {missing}")
     if bool(config.get("use_dora")) != ("magnitude" in held):
         raise _wrong(folder, f"use_dora is {config.get('use_dora')}, and {path!r} says otherwise")
-    for part, rank in (("down", 2), ("up", 2), ("shift", 1), ("magnitude", 1)):
-        if part in held and (held[part].dim() != rank or not held[part].is_floating_point()):
+    for part, axes in (("down", 2), ("up", 2), ("shift", 1), ("magnitude", 1)):
+        if part in held and (held[part].dim() != axes or not held[part].is_floating_point()):
             said = f"{held[part].dtype} {list(held[part].shape)}"
-            raise _wrong(folder, f"the {part} of {path!r} is {said}, not floats with {rank} axes")
-    rank: float = _by_module(folder, config, path, "r", "rank_pattern")
+            raise _wrong(folder, f"the {part} of {path!r} is {said}, not floats with {axes} axes")
+    rank = _by_module(folder, config, path, "r", "rank_pattern")
     alpha = _by_module(folder, config, path, "lora_alpha", "alpha_pattern")
     if not isinstance(rank, int) or rank < 1:
         raise _wrong(folder, f"the rank r of {path!r} is {rank!r}; it must be a whole number from 1 on")

@@ -1,4 +1,4 @@
-"""Adapters that peft made, on graphs of every format, against peft's own forward and merge; what does not fit is refused with both names."""
+"""Adapters that peft made, on graphs of every format, against its own forward and merge; what does not fit is refused with both names."""
 
 from __future__ import annotations
 
@@ -53,10 +53,6 @@ def same(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TARGETS)
 def test_merged_is_what_peft_merges(name: str, kind: str, tmp_path: Path) -> None:
-    if (name, kind) == ("llama", "biases"):
-        with pytest.raises(ValueError, match="bias"):  # peft has none where the linear has none
-            tuned(name, tmp_path, **KINDS[kind])
-        return
     _, made = tuned(name, tmp_path, **KINDS[kind])
     result = rewriter.rewrite(
         tmp_path / "base",
@@ -72,7 +68,8 @@ def test_merged_is_what_peft_merges(name: str, kind: str, tmp_path: Path) -> Non
     plain = {key: value for key, value in inputs.items() if not key.startswith("past_")}
     with torch.no_grad():
         same(outputs(result, inputs), made(**plain)[0])
-        same(outputs(result, inputs), made.merge_and_unload()(**plain)[0])
+        if (name, kind) != ("llama", "biases"):  # where the linear has no bias peft cannot merge one; we can
+            same(outputs(result, inputs), made.merge_and_unload()(**plain)[0])
 
 
 class Small(nn.Module):
