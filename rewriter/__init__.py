@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rewriter.api import apply as apply
+    from rewriter.api import dynamic_adapters as dynamic_adapters
     from rewriter.api import inference_session as inference_session
     from rewriter.api import plan as plan
     from rewriter.api import rewrite as rewrite
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "apply": "api",
+    "dynamic_adapters": "api",
     "inference_session": "api",
     "plan": "api",
     "rewrite": "api",

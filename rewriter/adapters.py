@@ -39,16 +39,22 @@ class Adapter:
         return RewriteError(f"--adapter {self.folder}: {text}; give the base model that the adapter was made for")
 
 
-def attach(graph: Graph, sites: Sequence[Site], adapter: Adapter) -> dict[str, str]:
-    """In place; returns which stored parameter each key of the adapter went to. RewriteError with both names where one does not fit."""
+def matched(sites: Sequence[Site], adapter: Adapter) -> dict[str, Site]:
+    """The linear of each module. RewriteError with both names where there is none, or one of another shape."""
     linears = [site for site in sites if site.kind == "linear"]
     found = {path: _named(adapter, path, linears, "linear") for path in adapter.updates}
     for path, update in adapter.updates.items():
         _check_fit(adapter, path, update, found[path])
-    manifest = {}
-    for path, update in adapter.updates.items():
-        _branch(graph, adapter, path, found[path], update)
-        manifest[path] = found[path].weights["weight"].name
+    return found
+
+
+def attach(graph: Graph, sites: Sequence[Site], adapter: Adapter) -> dict[str, str]:
+    """In place; returns which stored parameter each key of the adapter went to. RewriteError with both names where one does not fit."""
+    found = matched(sites, adapter)
+    for path, site in found.items():
+        _branch(graph, adapter, path, site, adapter.updates[path])
+    manifest = {path: found[path].weights["weight"].name if found[path].weights else found[path].name for path in adapter.updates}
+    linears = [site for site in sites if site.kind == "linear"]
     return manifest | {name: _replaced(graph, adapter, name, tensor, linears) for name, tensor in adapter.saved.items()}
 
 

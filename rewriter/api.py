@@ -57,6 +57,18 @@ def apply(passes: Passes, model: Any, inputs: Inputs = None, data: Any = None, *
     return torch_target.lower(result.graph)
 
 
+def dynamic_adapters(model: Any, adapters: Sequence[str | Path], out: str | Path, inputs: Inputs = None, **options: Any) -> list[Path]:
+    """The model as an .onnx with room for adapters, and a .onnx_adapter beside it for each of peft's folders: the files, the model first.
+
+    A session of the model runs the base; with `run_options.add_active_adapter(adapter)`, an onnxruntime.LoraAdapter of one of the files, it
+    runs that adapter, whatever its rank. Strengths are written as on the command line, "DIR=0.5"; other options are those of `Options`.
+    Raises RewriteError for bad input, for an adapter that does not fit or cannot be swapped at run time (DoRA, biases, whole modules), and
+    where a session is off from the model with the adapter beside its linears; nothing is written then.
+    """
+    given = _options(model, "", inputs, None, None, {**options, "adapters": tuple(map(str, adapters)), "out": str(out)})
+    return [file.path for file in importlib.import_module("rewriter.backends.onnx.dynamic").write(model, given)]
+
+
 def inference_session(path: str | Path, sess_options: Any = None, providers: Sequence[Any] | None = None) -> Any:
     """An ordinary onnxruntime.InferenceSession of a rewritten .onnx whose structured layers run in this package's kernels.
 

@@ -128,6 +128,21 @@ def kernels(action: o.KernelAction = "status", model: o.KernelModel = None, debu
 
 
 @app.command(cls=Command)
+def adapters(
+    context: typer.Context, model: o.Model, out: o.Out = None, adapters: o.Adapters = None, inputs: o.Inputs = None, data: o.Data = None,
+    samples: o.Samples = Options.samples, dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None,
+    trust_pickle: o.TrustPickle = False, opset: o.Opset = Options.opset, seed: o.Seed = Options.seed,
+    threads: o.Threads = Options.threads, force: o.Force = False, quiet: o.Quiet = False, debug: o.Debug = False,
+) -> None:  # fmt: skip
+    """MODEL as OUT.onnx with room for adapters, and each --adapter as a file that ONNX Runtime swaps in between runs."""
+    _check_model(model)
+    _check_out(out or model)
+    from rewriter import render
+
+    render.show_adapters(importlib.import_module("rewriter.backends.onnx.dynamic").write(model, _options(context.params)), quiet)
+
+
+@app.command(cls=Command)
 def replay(
     report_file: o.ReportFile, out: o.Out = None, report: o.Report = None, cache: o.Cache = None,
     arch: o.Arch = None, metric: o.Metric = None, trust_pickle: o.TrustPickle = False, force: o.Force = False, quiet: o.Quiet = False,
@@ -245,7 +260,7 @@ def _exit(code: int) -> None:
 
 def _commands() -> dict[str, Any]:
     group: Any = typer.main.get_command(app)
-    order = [DEFAULT, "plan", "verify", "bench", "diff", "passes", "kernels", "replay"]
+    order = [DEFAULT, "plan", "verify", "bench", "diff", "adapters", "passes", "kernels", "replay"]
     Command.siblings = {name: group.commands[name] for name in order}
     return Command.siblings
 

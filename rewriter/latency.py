@@ -60,6 +60,7 @@ def batches(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int
 
 
 def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: int) -> Batch:
+    """One of `tokens` tokens."""
     sizes = token_sizes(specs, explicit, tokens)
     first = next((spec.dims[0] for spec in specs if spec.dims), 1)
     rows = first if isinstance(first, int) else sizes[first]

@@ -77,6 +77,16 @@ def show_comparison(found: Comparison, quiet: bool, stream: IO[str] | None = Non
         out.print(Text(f"{name} against A: " + (_speeds(contender.rows) or "nothing could be measured"), "bold"), soft_wrap=True)
 
 
+def show_adapters(written: Sequence[Any], quiet: bool, stream: IO[str] | None = None) -> None:
+    """What `rewrite adapters` wrote: each file, what it holds, how near a session with it is."""
+    out = console(stream)
+    for file in written if not quiet else ():
+        print_lines(out, fold(f"{clean(str(file.path))}: {clean(file.said)}; off by {number(file.error)}", out.width, "", "    "))
+    base, *others = written
+    many = f"{len(others)} adapter{'s' if len(others) > 1 else ''}"
+    out.print(Text(f"{clean(str(base.path))} with {many} beside it, each run and compared", "bold green"), soft_wrap=True)
+
+
 def print_lines(out: Console, lines: Iterable[str | Text]) -> None:
     for line in lines:
         out.print(line if isinstance(line, Text) else Text(line), soft_wrap=True)

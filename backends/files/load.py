@@ -131,7 +131,10 @@ def _program(program: torch.export.ExportedProgram, kind: str, path: Path | None
 def _onnx(model: Any, path: Path | None, options: Options) -> Source:
     from rewriter.backends.onnx.graph import OnnxGraph
 
-    return _known(OnnxGraph(model), "onnx", path, options)
+    source = _known(OnnxGraph(model), "onnx", path, options)
+    room = [v for v in model.graph.inputs if v.is_initializer() and v.const_value is not None and not v.const_value.size]
+    lost = f"room for adapters is lost: {len(room)} inputs are taken at their defaults; make it again with `rewrite adapters`"
+    return replace(source, notes=(*source.notes, lost)) if room else source
 
 
 def _fx(program: torch.export.ExportedProgram, specs: Sequence[InputSpec] = ()) -> FxGraph:

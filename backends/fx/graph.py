@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class FxGraph:
         self._output_names = output_names(program)
         self._words: dict[str, str] = {}  # of sizes
         self._spliced: dict[str, list[tuple[Node, Node]]] = {}  # site id -> (original output, its stand-in)
+        self._grown: dict[Node, Node] = {}  # what a place gave -> what it gives with the branch beside it
         self._own: dict[str, list[str]] = {}  # site id -> what `splice` stored for it: factors, then biases
         self._trained: dict[str, list[str]] = {}
         self._found: dict[Graph, Body] | None = None
@@ -237,13 +238,14 @@ class FxGraph:
         parts = {"lora_A": down, "lora_B": up, "lora_bias": shift}
         stored = [self._add(f"{site.name}.{name}", tensor) for name, tensor in parts.items() if tensor is not None]
         for place in site.places:
-            graph, aten = place.y.graph, torch.ops.aten
+            graph, aten, x = place.y.graph, torch.ops.aten, cast(Node, place.x)
             call = functools.partial(edit.call, graph, self.mode, like=place.nodes[-1])
             a, b, *bias = [edit.thread(node, self._bodies[graph]) for node in stored]
             with graph.inserting_before(place.y.next):
-                low = call(aten.linear.default, edit.features(call, place.x, place.layout), a)
+                low = call(aten.linear.default, edit.features(call, self._grown.get(x, x), place.layout), a)
                 y = call(aten.add.Tensor, place.y, edit.as_before(call, call(aten.linear.default, low, b, *bias), place.layout))
             place.y.replace_all_uses_with(y, delete_user_cb=lambda user, y=y: user is not y)
+            self._grown[place.y] = y
         self._settle()
 
     def parameters(self) -> Mapping[str, Node]:

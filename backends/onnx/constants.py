@@ -45,7 +45,7 @@ class Constants:
     def _is_const(self, value: ir.Value) -> bool:
         """Of its operands this is known."""
         if value.is_initializer():
-            return value.const_value is not None
+            return value.const_value is not None and not value.is_graph_input()  # else a default, which a run may override
         node = value.producer()
         if node is None or not _pure(node):
             return False

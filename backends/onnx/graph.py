@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -57,6 +57,7 @@ class OnnxGraph:
         self._names = Names(self.model)
         self._owners = {id(body): (node, attribute) for node in self.model.graph.all_nodes() for attribute, body in bodies(node)}
         self._spliced: dict[str, Edit] = {}  # by site id
+        self.grown: dict[ir.Value, ir.Value] = {}  # what a place gave, what it gives with what was put beside it
         self._inferred = False
         self._session: Tapped | None = None
         self._part: Part | None = None
@@ -224,18 +225,35 @@ class OnnxGraph:
         _replace(old, new)
 
     def branch(self, site: Site, down: Tensor, up: Tensor, shift: Tensor | None = None) -> None:
-        assert site.shape is not None
         parts = {"lora_A": down.T, "lora_B": up.T, "lora_bias": shift}
-        a, b, *bias = [store(self.model, self._names, t.contiguous(), f"{site.name}.{key}") for key, t in parts.items() if t is not None]
+        a, b, *bias = [self.parameter(f"{site.name}.{key}", t.contiguous()) for key, t in parts.items() if t is not None]
+
+        def low(tape: Tape, x: ir.Value) -> ir.Value:
+            made = tape.op("MatMul", [tape.op("MatMul", [x, a]), b])
+            return tape.op("Add", [made, *bias]) if bias else made
+
         for place in site.places:
-            tape = Tape()
-            value, shape = features(tape, place.layout, place.x, site.shape[1])
-            value = tape.op("MatMul", [tape.op("MatMul", [value, a]), b])
-            value = tape.op("Add", [value, *bias]) if bias else value
-            y = tape.op("Add", [place.y, as_before(tape, place.layout, value, len(shape))])
-            self._insert(place.y, y, tape.nodes, site.name)
-            tape.nodes[-1].replace_input_with(0, place.y)
+            self.beside(site, place, low)
         self._edited()
+
+    def parameter(self, name: str, tensor: Tensor) -> ir.Value:
+        """A new stored one, by that name or one like it."""
+        return store(self.model, self._names, tensor, name)
+
+    def beside(self, site: Site, place: Place, made: Callable[[Tape, ir.Value], ir.Value]) -> None:
+        """What is made of the place's features is added to what it gives."""
+        assert site.shape is not None
+        tape, given = Tape(), cast(ir.Value, place.x)
+        x, shape = features(tape, place.layout, self.grown.get(given, given), site.shape[1])
+        y = self.grown[place.y] = tape.op("Add", [place.y, as_before(tape, place.layout, made(tape, x), len(shape))])
+        self._insert(place.y, y, tape.nodes, site.name)
+        tape.nodes[-1].replace_input_with(0, place.y)
+
+    def insert_before(self, node: ir.Node, nodes: Sequence[ir.Node], name: str) -> None:
+        """New nodes, and names for them."""
+        self._name(nodes, name)
+        assert node.graph is not None
+        node.graph.insert_before(node, nodes)
 
     def parameters(self) -> Mapping[str, ir.Value]:
         return self.model.graph.initializers

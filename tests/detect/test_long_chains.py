@@ -9,7 +9,7 @@ import torch
 
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.passes.detect.axes import Frame, fresh
-from rewriter.passes.detect.linear import _alike
+from rewriter.passes.detect.linear import alike
 from rewriter.passes.detect.masks import _normal
 from rewriter.passes.detect.recurrence import detect
 from rewriter.passes.detect.scores import Mask, Operand, leads_back, leads_on
@@ -84,7 +84,7 @@ def test_two_equal_ways_from_one_weight(count: int, step: str) -> None:
     g = graph(f"g (float[2,2] x) => (float[2,2] y, float[2,2] z) {{ {text} }}", w=torch.eye(2))
     y, z = (value.producer() for value in g.model.graph.outputs)
     assert y is not None and z is not None and y.inputs[1] is not None and z.inputs[1] is not None
-    assert _alike(g, y.inputs[1], z.inputs[1]) and not _alike(g, y.inputs[1], g.model.graph.inputs[0])
+    assert alike(g, y.inputs[1], z.inputs[1]) and not alike(g, y.inputs[1], g.model.graph.inputs[0])
 
 
 def test_an_axis_that_was_cut_often() -> None:

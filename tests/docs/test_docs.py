@@ -20,7 +20,7 @@ from tests.docs.pages import ROOT, Page, pages
 from tests.examples.conftest import imported
 
 PAGES = pages()
-LETTERS = {"R": ("rewrite", "plan"), "V": ("verify",), "B": ("bench",), "P": ("replay",)}
+LETTERS = {"R": ("rewrite", "plan"), "V": ("verify",), "B": ("bench",), "P": ("replay",), "A": ("adapters",)}
 every_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 
