@@ -32,17 +32,26 @@ AGREE = 0.15  # of the predicted time
 
 def predicted(rows: Sequence[Latency], feeds: Sequence[Batch], a: Graph, b: Graph, dense: Runner, target: Target) -> list[Latency]:
     """The rows with what is predicted of B from A, which `dense` runs, on each batch; a note where the measured time is further off."""
-    sites = [[site for detect in registry.detectors() for site in detect(graph)] for graph in (a, b)]
+    graphs = [(graph, [site for detect in registry.detectors() for site in detect(graph)]) for graph in (a, b)]
     found = []
     for row, batch in zip(rows, feeds, strict=True):
         if isinstance(batch, str) or row.dense_seconds is None or row.rewritten_seconds is None:
             found.append(row)
             continue
-        before, after = (target.layers(graph, own, batch) for graph, own in zip((a, b), sites, strict=True))
         sizes = [f"{name} {list(x.shape)}" for name, x in batch.items()]
         whole = Whole(" ".join([a.fingerprint(), *sizes]), partial(dense, batch))
-        found.append(_row(row, row.dense_seconds * _share(after - before, before - after, whole, row.threads, target)))
+        try:
+            before, after = (target.layers(graph, sites, batch) for graph, sites in graphs)
+            share = _share(after - before, before - after, whole, row.threads, target)
+        except Exception as problem:  # a layer that does not run alone is no reason to lose what was measured
+            found.append(_noted(row, f"nothing is predicted at T={row.tokens}: {' '.join(str(problem).split())[:160]}"))
+            continue
+        found.append(_row(row, row.dense_seconds * share))
     return found
+
+
+def _noted(row: Latency, said: str) -> Latency:
+    return replace(row, note="; ".join(filter(None, (row.note, said))))
 
 
 def _row(row: Latency, predicted: float) -> Latency:
@@ -53,7 +62,7 @@ def _row(row: Latency, predicted: float) -> Latency:
         return replace(row, predicted_seconds=seconds)
     gap = f"{off:+.0%} from what" if seconds else f"{1e3 * row.rewritten_seconds:.3g} ms, and no time at all is what"
     said = f"at T={row.tokens} the measured time is {gap} its layers alone predict, more than {AGREE:.0%} off"
-    return replace(row, predicted_seconds=seconds, note="; ".join(filter(None, (row.note, said))))
+    return replace(_noted(row, said), predicted_seconds=seconds)
 
 
 def _share(come: Counter[Layer], gone: Counter[Layer], whole: Whole, threads: int, target: Target) -> float:

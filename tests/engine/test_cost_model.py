@@ -11,6 +11,7 @@ from rewriter import pipeline
 from rewriter.cost_model import AGREE, by_form, predicted
 from rewriter.graph import Graph
 from rewriter.opened import open_model
+from rewriter.operator import AbstractMatrix
 from rewriter.options import Options
 from rewriter.report import Latency
 from tests.engine.nets import WIDE, FakeTarget, WideMlp, graph, normal, sites
@@ -63,6 +64,15 @@ def test_more_than_there_was_is_flagged(rewritten: Graph) -> None:
     target = FakeTarget(lambda form: float(form.cost().params))
     (found,) = predicted([row(0.05)], [FEEDS], graph(WideMlp(), WIDE), rewritten, dense, target)
     assert found.predicted_seconds == 0.0 and "more than" in found.note
+
+
+def test_what_cannot_be_predicted_has_a_note(rewritten: Graph) -> None:
+    def fails(form: AbstractMatrix) -> float:
+        raise RuntimeError("no such\nsession")
+
+    (found,) = predicted([row(0.05)], [FEEDS], graph(WideMlp(), WIDE), rewritten, dense, FakeTarget(fails))
+    assert found.note == "as it was; nothing is predicted at T=7: no such session"
+    assert found.predicted_seconds is None and found.rewritten_seconds == 0.05
 
 
 def test_layers_are_counted_by_their_places() -> None:
