@@ -30,7 +30,7 @@ from rewriter.backends.onnx.tensors import torch_dtype
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Place, Site
 from rewriter.options import Options
-from rewriter.places import check_suffix, out_path
+from rewriter.places import out_path
 from rewriter.tolerances import EQUAL
 from rewriter.verify import certify
 
@@ -62,7 +62,8 @@ def write(model: Any, options: Options) -> list[Written]:
     for path in (out.parent / name for name in names):
         if path.exists() and not options.force:
             raise RewriteError(f"{path} exists; give --force to replace it, or another -o OUT")
-    check_suffix(out, ".onnx")
+    if out.suffix != ".onnx":
+        raise RewriteError(f"{out}: adapters at run time are ONNX Runtime's; give -o a name that ends in .onnx")
     source = open_source(model, dataclasses.replace(options, adapters=()))
     base: Any = source.graph
     graph = base.clone() if isinstance(base, OnnxGraph) else OnnxGraph(base.to_onnx(options.opset))
