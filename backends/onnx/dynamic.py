@@ -74,9 +74,10 @@ def write(model: Any, options: Options) -> list[Written]:
     with scratch_beside(out) as scratch:
         held = scratch / out.name
         OnnxRuntimeTarget().emit(graph, held, EmitOptions(options.opset, False, options.token_counts, options.threads))
+        session = Session(str(held), options.threads)
         for adapter, match, name in zip(adapters, found, names, strict=True):
-            _export(_values(slots, adapter, match), scratch / name)
-        rows = _judged(source, adapters, held, [scratch / name for name in names], options)
+            _export(_values(slots, adapter, match), session, scratch / name)
+        rows = _judged(source, adapters, session, [scratch / name for name in names], options)
         save_onnx(load_onnx(held), out)
         for name in names:
             publish(scratch / name, out.parent / name)
@@ -145,11 +146,13 @@ def _values(slots: Sequence[Slot], adapter: Adapter, match: Mapping[str, Site]) 
     return found
 
 
-def _export(values: Mapping[str, Tensor], path: Path) -> None:
+def _export(values: Mapping[str, Tensor], session: Session, path: Path) -> None:
+    """In the types that the session's inputs have: a target may widen what a model stores."""
+    kinds = {i.name: i.type for i in session.session.get_overridable_initializers()}
     adapter = ort.AdapterFormat()  # type: ignore[attr-defined]
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
-    held = {name: ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for name, tensor in values.items()}  # type: ignore[attr-defined]
+    held = {name: ort.OrtValue.ortvalue_from_numpy(session.array(tensor, kinds[name])) for name, tensor in values.items()}  # type: ignore[attr-defined]
     adapter.set_parameters(held)
     adapter.export_adapter(str(path))  # type: ignore[arg-type]  # it says PathLike and takes text
 
@@ -173,10 +176,10 @@ def running(session: Session, path: Path) -> Callable[[Mapping[str, Tensor]], di
     return run
 
 
-def _judged(source: Any, adapters: Sequence[Adapter], base: Path, files: Sequence[Path], options: Options) -> list[float]:
+def _judged(source: Any, adapters: Sequence[Adapter], session: Session, files: Sequence[Path], options: Options) -> list[float]:
     """Of the base without an adapter, then with each."""
     samples = sampling.everything(source, options.data, options.samples, options.seed)
-    session, found = Session(str(base), options.threads), []
+    found = []
     runs: list[tuple[str, Graph, Any]] = [("without an adapter", source.graph, session)]
     for adapter, path in zip(adapters, files, strict=True):
         beside = source.graph.clone()

@@ -91,10 +91,11 @@ class Session:
         missing = [name for name in self.input_types if name not in feeds]
         if missing:
             raise RewriteError(f"no value is given for input {missing[0]!r}; the model takes {', '.join(self.input_types)}")
-        return {name: self._array(feeds[name], kind) for name, kind in self.input_types.items()}
+        return {name: self.array(feeds[name], kind) for name, kind in self.input_types.items()}
 
     @staticmethod
-    def _array(tensor: Tensor, kind: str) -> Any:
+    def array(tensor: Tensor, kind: str) -> Any:
+        """As numpy has it, floats in ONNX Runtime's type."""
         wanted = _FLOATS.get(kind, tensor.dtype)
         tensor = tensor.detach().cpu()
         return (tensor.to(wanted) if tensor.is_floating_point() else tensor).contiguous().numpy()

@@ -143,6 +143,16 @@ def test_a_bias_that_a_run_may_override_is_not_folded(tmp_path: Path) -> None:
     assert OnnxGraph(model).is_const(OnnxGraph(model).model.graph.initializers["b"])  # which takes inputs' defaults for good
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_base_of_few_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """ONNX Runtime has no product in bfloat16: the room is as wide as what the target makes of the model."""
+    made = peft.get_peft_model(Small().to(dtype), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q", "v"]))
+    made.save_pretrained(tmp_path / "lora")
+    spec = (SPEC[0].replace("float32", str(dtype).removeprefix("torch.")),)
+    files = rewriter.dynamic_adapters(Small().to(dtype).eval(), [tmp_path / "lora"], tmp_path / "m.onnx", spec, samples=16)
+    assert len(files) == 2
+
+
 def test_parts_are_as_wide_as_the_widest() -> None:
     slot = Slot("a", 3, {"q": Part("bq", 2), "k": Part("bk", 4), "v": Part("bv", 2)}, torch.float32)
     one, two = Update(torch.ones(1, 3), torch.ones(2, 1)), Update(2 * torch.ones(2, 3), torch.ones(2, 2))
