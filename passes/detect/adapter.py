@@ -146,7 +146,7 @@ def _product(graph: Graph, value: Value) -> Spelling | None:
 
 def _factor(graph: Graph, node: Node, varying: int) -> float | None:
     """What the node multiplies its operands by; None where it does anything else."""
-    operation, options, first = graph.op(node), graph.attributes(node), graph.inputs(node)[0]
+    operation, options, first = graph.op(node), graph.attributes(node), next(iter(graph.inputs(node)), None)
     if operation in ("cast", "identity"):
         return 1.0
     if operation == "add":

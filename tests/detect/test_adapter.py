@@ -26,6 +26,7 @@ NONE: dict[str, tuple[Any, dict[str, Any]]] = {
     "residual": (lambda s, x: s.l(x) + x, {"l": nn.Linear(8, 8)}),
     "two branches": (lambda s, x: s.l(x) + s.k(x), {"l": nn.Linear(8, 8), "k": nn.Linear(8, 8)}),
     "bottleneck": (lambda s, x: x + s.k(s.l(x)), {"l": nn.Linear(8, 2), "k": nn.Linear(2, 8)}),
+    "a sum of what is computed from nothing": (lambda s, x: s.l(x + (torch.arange(8) + torch.arange(8))), {"l": nn.Linear(8, 8)}),
     "branch from elsewhere": (
         lambda s, x: s.w(x) + s.k(s.l(x.sin())),
         {"w": nn.Linear(8, 8), "l": nn.Linear(8, 2), "k": nn.Linear(2, 8)},
