@@ -11,7 +11,7 @@ from typing import Any
 
 from rewriter import sampling
 from rewriter.backend import Runner, Target
-from rewriter.cost_model import predicted
+from rewriter.cost_model import Base
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.inputs import parse_dims
@@ -69,12 +69,13 @@ def bench(a: str, others: Sequence[str], options: Options, errors: bool = False)
 
         explicit = parse_dims(options.dims) if options.dims else {}
         feeds = batches(first.graph, first.specs, explicit, options.token_counts)
+        base = Base(dense, reference.dense, feeds, target)
         found = []
         for i, (name, source) in enumerate(zip(others, rest, strict=True)):
             path, rewritten = _emitted(source, target, place / f"b{i}{target.suffix}", options)
             runner = target.open(path, options.threads)
             rows = latencies(reference, runner, feeds, options.token_counts)
-            found.append(Contender(name, predicted(rows, feeds, dense, rewritten, reference.dense, target), error(runner)))
+            found.append(Contender(name, base.predicted(rows, rewritten), error(runner)))
         return Comparison(found, error(reference.int8))
 
 

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -30,24 +30,38 @@ from rewriter.timing import interleave
 AGREE = 0.15  # of the predicted time
 
 
-def predicted(rows: Sequence[Latency], feeds: Sequence[Batch], a: Graph, b: Graph, dense: Runner, target: Target) -> list[Latency]:
-    """The rows with what is predicted of B from A, which `dense` runs, on each batch; a note where the measured time is further off."""
-    graphs = [(graph, [site for detect in registry.detectors() for site in detect(graph)]) for graph in (a, b)]
-    found = []
-    for row, batch in zip(rows, feeds, strict=True):
+class Base:
+    """The dense model that others are compared with on some batches: what they have in common is found once."""
+
+    def __init__(self, graph: Graph, run: Runner, feeds: Sequence[Batch], target: Target) -> None:
+        self.graph, self.run, self.feeds, self.target = graph, run, feeds, target
+        self._layers: dict[int, Counter[Layer]] = {}  # by the batch's place
+
+    @cached_property
+    def _sites(self) -> list[Site]:
+        return registry.sites(self.graph)
+
+    @cached_property
+    def _key(self) -> str:
+        return self.graph.fingerprint()
+
+    def predicted(self, rows: Sequence[Latency], other: Graph) -> list[Latency]:
+        """The rows, one for each batch, with what is predicted of the other; a note where the measured time is further off."""
+        sites = registry.sites(other)
+        return [self._predicted(row, i, batch, other, sites) for i, (row, batch) in enumerate(zip(rows, self.feeds, strict=True))]
+
+    def _predicted(self, row: Latency, i: int, batch: Batch, other: Graph, sites: Sequence[Site]) -> Latency:
         if isinstance(batch, str) or row.dense_seconds is None or row.rewritten_seconds is None:
-            found.append(row)
-            continue
-        sizes = [f"{name} {list(x.shape)}" for name, x in batch.items()]
-        whole = Whole(" ".join([a.fingerprint(), *sizes]), partial(dense, batch))
+            return row
         try:
-            before, after = (target.layers(graph, sites, batch) for graph, sites in graphs)
-            share = _share(after - before, before - after, whole, row.threads, target)
+            if i not in self._layers:
+                self._layers[i] = self.target.layers(self.graph, self._sites, batch)
+            before, after = self._layers[i], self.target.layers(other, sites, batch)
+            whole = Whole(" ".join([self._key, *(f"{name} {list(x.shape)}" for name, x in batch.items())]), partial(self.run, batch))
+            share = _share(after - before, before - after, whole, row.threads, self.target)
         except Exception as problem:  # a layer that does not run alone is no reason to lose what was measured
-            found.append(_noted(row, f"nothing is predicted at T={row.tokens}: {' '.join(str(problem).split())[:160]}"))
-            continue
-        found.append(_row(row, row.dense_seconds * share))
-    return found
+            return _noted(row, f"nothing is predicted at T={row.tokens}: {' '.join(str(problem).split())[:160]}")
+        return _row(row, row.dense_seconds * share)
 
 
 def _noted(row: Latency, said: str) -> Latency:
@@ -100,4 +114,4 @@ def measure_forms(target: Target, layers: Sequence[Layer], whole: Whole, threads
     for rows in dict.fromkeys(layer.tokens for layer in layers):
         those = [layer for layer in layers if layer.tokens == rows]
         seconds |= zip(those, target.measure([skeleton(layer.what)[0] for layer in those], rows, threads), strict=True)
-    return [*(seconds[layer] for layer in layers), interleave([whole.call]).seconds(0)]
+    return [*(seconds[layer] for layer in layers), interleave([whole.call], again=True).seconds(0)]

@@ -16,6 +16,7 @@ from rewriter.report import Latency
 from rewriter.sampling import invented
 
 SECONDS = 1.5  # for each model at each token count
+Batch = Mapping[str, Tensor] | str  # or why there can be none
 
 
 def token_sizes(specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: int) -> dict[str, int]:
@@ -49,9 +50,6 @@ class Reference:
 def latencies(reference: Reference, rewritten: Runner, feeds: Sequence[Batch], tokens: Sequence[int]) -> list[Latency]:
     """One row for each token count and its batch; what could not be had is None, with a note."""
     return [_row(reference, rewritten, batch, count) for batch, count in zip(feeds, tokens, strict=True)]
-
-
-Batch = Mapping[str, Tensor] | str  # or why there can be none
 
 
 def batches(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: Sequence[int]) -> list[Batch]:

@@ -23,7 +23,7 @@ def open_model(model: Any, options: Options) -> Any:
         return source
     adapters, graph, notes = load.open_adapters(options.adapters), source.graph.clone(), []
     for adapter in adapters:
-        manifest = attach(graph, [site for detect in registry.detectors() for site in detect(graph)], adapter)
+        manifest = attach(graph, registry.sites(graph), adapter)
         notes.append(f"adapter {adapter.folder} on {len(adapter.updates)} linears at scale {adapter.scale:g}" + _whole(adapter, manifest))
     return dataclasses.replace(source, graph=graph, notes=(*source.notes, *notes), adapted=True)
 

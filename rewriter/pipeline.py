@@ -132,7 +132,7 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
     source = open_model(model, options)
     target = target_of(options, source, options.out)
     graph = source.graph.clone()
-    sites = [site for detect in registry.detectors() for site in detect(graph)]
+    sites = registry.sites(graph)
     selected, out = select(sites, options.include, options.exclude)
     decisions = {s.id: Decision(s, reason, site_cost(s), site_cost(s)) for s, reason in out}
     given = data if data is not None else options.data

@@ -11,9 +11,12 @@ import importlib
 import math
 import pkgutil
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewriter.errors import RewriteError
+
+if TYPE_CHECKING:
+    from rewriter.graph import Graph, Site
 
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -69,6 +72,11 @@ def passes() -> dict[str, Any]:
 def detectors() -> list[Any]:
     """Every `detect(graph) -> sites` function in passes/detect/."""
     return [m.detect for m in _import_folder("rewriter.passes.detect") if hasattr(m, "detect")]
+
+
+def sites(graph: Graph) -> list[Site]:
+    """All that they find in a graph."""
+    return [site for detect in detectors() for site in detect(graph)]
 
 
 def targets() -> dict[str, Any]:

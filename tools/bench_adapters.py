@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rewriter
-from rewriter.backends.onnx.dynamic import running
+from rewriter.backends.onnx.dynamic import Adapted
 from rewriter.backends.onnx.run import Session
 from rewriter.timing import interleave
 
@@ -112,7 +112,7 @@ def swapped(name: str, ranks: Sequence[int], work: Path, ids: Tensor) -> Iterato
     folders = [work / f"r{rank}" / "lora" for rank in ranks]
     model, *files = rewriter.dynamic_adapters(str(work / f"r{ranks[0]}" / "base"), folders, work / "room.onnx", samples=16)
     session = Session(str(model), 1)
-    found = {rank: first(running(session, file)(tokens(session, ids))) for rank, file in reversed([*zip(ranks, files, strict=True)])}
+    found = {rank: first(Adapted(session, file)(tokens(session, ids))) for rank, file in reversed([*zip(ranks, files, strict=True)])}
     for rank in ranks:
         yield off(found[rank], wanted[rank])
 
@@ -150,7 +150,7 @@ def times(ranks: Sequence[int], counts: Sequence[int], seconds: float, work: Pat
     model, *files = rewriter.dynamic_adapters(str(folder()), folders, work / "room.onnx", **common)
     base_run, room = Session(str(plain), 1), Session(str(model), 1)
     runs: dict[str, Any] = {"without room": base_run, "merged": Session(str(whole), 1), "room, no adapter": room}
-    runs |= {f"rank {rank}": running(room, file) for rank, file in zip(ranks, files, strict=True)}
+    runs |= {f"rank {rank}": Adapted(room, file) for rank, file in zip(ranks, files, strict=True)}
     table = Table("all-MiniLM-L6-v2", *(f"{count} token{'s' * (count > 1)}" for count in counts), title="milliseconds, times without room")
     columns = []
     for count in counts:

@@ -30,7 +30,7 @@ TARGETS = ("torch", "onnxruntime")
 
 def listed(graph: Graph) -> tuple[int, str]:
     """Linear sites, and the other kinds with their numbers."""
-    kinds = [site.kind for detect in registry.detectors() for site in detect(graph)]
+    kinds = [site.kind for site in registry.sites(graph)]
     others = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds) - {"linear"}))
     return kinds.count("linear"), others
 

@@ -64,7 +64,7 @@ class Case:
 def trained() -> Iterator[Case]:
     """Layers of MiniLM; biases take the mean up, so moments are central."""
     graph = open_source(str(folder()), Options()).graph
-    sites = [s for detect in registry.detectors() for s in detect(graph) if s.name in LAYERS]
+    sites = [s for s in registry.sites(graph) if s.name in LAYERS]
     lines, model = gather(256), load_folder(folder())
     batches = [dict(model.encode(lines[i : i + 32], LENGTH)) for i in range(0, len(lines), 32)]
     for group in Calibration(graph, Samples(batches, "sentences", "")).moments(sites):

@@ -57,7 +57,7 @@ def plain(name: str, model: FolderModel, lines: list[str], dense: Tensor) -> flo
     """The family's Frobenius projection at every encoder linear, as tools without calibration do it."""
     source = open_source(str(folder()), Options())
     graph = source.graph
-    sites = [s for detect in registry.detectors() for s in detect(graph) if s.kind == "linear" and s.name.startswith("encoder.")]
+    sites = [s for s in registry.sites(graph) if s.kind == "linear" and s.name.startswith("encoder.")]
     structure = registry.structures()[name](**({"blocks": 4} if name == "monarch" else {}))
     for site in sites:
         weight = load_weight(graph, site)
@@ -72,7 +72,7 @@ def families(model: FolderModel) -> Table:
     torch.set_num_threads(1)
     graph, lines = open_source(str(folder()), Options()).graph, gather(512)
     wanted = {f"encoder.layer.{name}" for name in SITES}
-    sites = [s for detect in registry.detectors() for s in detect(graph) if s.name in wanted]
+    sites = [s for s in registry.sites(graph) if s.name in wanted]
     samples = Samples([model.encode(lines[i : i + 32]) for i in range(0, len(lines), 32)], "text", "families")
     table = Table(title=f"weighted errors at {SHARE:.0%} of params, calibrated on {len(lines)} sentences")
     for head in ("site", "shape", *FAMILIES):

@@ -6,21 +6,20 @@ What is written was run: without an adapter it is the base, with each one it is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-import torch
 from torch import Tensor
 
 from rewriter import registry, sampling
 from rewriter.adapters import Adapter, attach, matched
-from rewriter.backend import EmitOptions
-from rewriter.backends.files.atomic import publish, scratch_beside
+from rewriter.backend import EmitOptions, Runner
+from rewriter.backends.files.atomic import scratch_beside
 from rewriter.backends.files.load import open_adapters, open_source
-from rewriter.backends.files.onnx_file import load_onnx, save_onnx
+from rewriter.backends.files.publish import publish
 from rewriter.backends.onnx.graph import OnnxGraph
 from rewriter.backends.onnx.opaque import SITE, is_opaque, matrix_skeleton, spec_of
 from rewriter.backends.onnx.run import Session
@@ -34,7 +33,17 @@ from rewriter.places import out_path
 from rewriter.tolerances import EQUAL
 from rewriter.verify import certify
 
-MERGE = "merge it instead: --passes merge-lora"
+
+class Adapted:
+    """A session with an adapter active, which lives as long."""
+
+    def __init__(self, session: Session, path: Path) -> None:
+        self.session, self.adapter, self.options = session, ort.LoraAdapter(), ort.RunOptions()  # type: ignore[attr-defined]
+        self.adapter.Load(str(path))
+        self.options.add_active_adapter(self.adapter)
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.session(feeds, options=self.options)
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,7 @@ def write(model: Any, options: Options) -> list[Written]:
     for adapter in adapters:
         _check_kind(adapter)
     out = out_path(model, dataclasses.replace(options, target="onnxruntime"))
-    names = _names(out, adapters)
-    for path in (out.parent / name for name in names):
-        if path.exists() and not options.force:
-            raise RewriteError(f"{path} exists; give --force to replace it, or another -o OUT")
-    if out.suffix != ".onnx":
-        raise RewriteError(f"{out}: adapters at run time are ONNX Runtime's; give -o a name that ends in .onnx")
+    names = _names(out, adapters, options.force)
     source = open_source(model, dataclasses.replace(options, adapters=()))
     base: Any = source.graph
     graph = base.clone() if isinstance(base, OnnxGraph) else OnnxGraph(base.to_onnx(options.opset))
@@ -71,30 +75,26 @@ def write(model: Any, options: Options) -> list[Written]:
     found = [matched(sites, adapter) for adapter in adapters]
     wanted = {site.id for each in found for site in each.values()}
     slots = opened(graph, [site for site in sites if site.id in wanted])
+    allowed = max(EQUAL[slot.dtype][0] for slot in slots)
     with scratch_beside(out) as scratch:
-        held = scratch / out.name
+        held, files = scratch / out.name, [scratch / name for name in names]
         OnnxRuntimeTarget().emit(graph, held, EmitOptions(options.opset, False, options.token_counts, options.threads))
         session = Session(str(held), options.threads)
-        for adapter, match, name in zip(adapters, found, names, strict=True):
-            _export(_values(slots, adapter, match), session, scratch / name)
-        rows = _judged(source, adapters, session, [scratch / name for name in names], options)
-        save_onnx(load_onnx(held), out)
-        for name in names:
-            publish(scratch / name, out.parent / name)
+        for adapter, match, file in zip(adapters, found, files, strict=True):
+            _export(_values(slots, adapter, match), session, file)
+        errors = _judged(source, adapters, [session, *(Adapted(session, file) for file in files)], allowed, options)
+        for file in (*files, held):  # the model last
+            publish(file, out.parent / file.name)
     inputs = len(slots) + len(wanted)
     room = f"room for adapters at {len(wanted)} linears, {inputs} inputs that default to rank zero; without one it is the base"
-    sizes = [f"{_ranks(a)}, {sum(u.down.numel() + u.up.numel() for u in a.updates.values()):,} numbers" for a in adapters]
-    said = [room, *(f"{a.folder} at scale {a.scale:g}, {size}" for a, size in zip(adapters, sizes, strict=True))]
-    return [Written(out.parent / name, text, error) for name, text, error in zip([out.name, *names], said, rows, strict=True)]
+    said = [room, *(f"{adapter.folder} at scale {adapter.scale:g}, {_size(adapter)}" for adapter in adapters)]
+    return [Written(out.parent / name, text, error) for name, text, error in zip([out.name, *names], said, errors, strict=True)]
 
 
 def linears(graph: Graph) -> list[Site]:
-    """The linear sites, structured ones too, as the model runs them."""
-    found = [site for detect in registry.detectors() for site in detect(graph) if site.kind == "linear" and site.shape is not None]
-    if isinstance(graph, OnnxGraph):
-        found += _structured(graph)
-    order = {id(node): i for i, node in enumerate(graph.nodes())}
-    return sorted(found, key=lambda site: min(order.get(id(node), -1) for place in site.places for node in place.nodes))
+    """The linear sites, structured ones too."""
+    found = [site for site in registry.sites(graph) if site.kind == "linear" and site.shape is not None]
+    return [*found, *_structured(graph)] if isinstance(graph, OnnxGraph) else found
 
 
 def _structured(graph: OnnxGraph) -> list[Site]:
@@ -119,15 +119,22 @@ def _check_kind(adapter: Adapter) -> None:
         "biases": any(u.shift is not None for u in updates),
     }
     if found := [kind for kind, there in kinds.items() if there]:
-        raise RewriteError(f"--adapter {adapter.folder} holds {found[0]}, which cannot be swapped at run time; {MERGE}")
+        raise RewriteError(
+            f"--adapter {adapter.folder} holds {found[0]}, which cannot be swapped at run time; merge it instead: --passes merge-lora"
+        )
 
 
-def _names(out: Path, adapters: Sequence[Adapter]) -> list[str]:
+def _names(out: Path, adapters: Sequence[Adapter], force: bool) -> list[str]:
+    """Of the adapters' files beside OUT. RewriteError where one is there, or where OUT has the name of another format."""
+    if out.suffix != ".onnx":
+        raise RewriteError(f"{out}: adapters at run time are ONNX Runtime's; give -o a name that ends in .onnx")
     names: list[str] = []
     for adapter in adapters:
         stem, number = f"{out.stem}.{Path(adapter.folder).resolve().name}", 1
         while (name := f"{stem}{f'-{number}' * (number > 1)}.onnx_adapter") in names:
             number += 1
+        if (path := out.parent / name).exists() and not force:
+            raise RewriteError(f"{path} exists; give --force to replace it, or another -o OUT")
         names.append(name)
     return names
 
@@ -157,42 +164,23 @@ def _export(values: Mapping[str, Tensor], session: Session, path: Path) -> None:
     adapter.export_adapter(str(path))  # type: ignore[arg-type]  # it says PathLike and takes text
 
 
-def _ranks(adapter: Adapter) -> str:
+def _size(adapter: Adapter) -> str:
     ranks = sorted({len(update.down) for update in adapter.updates.values()})
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"{said}, {sum(update.down.numel() + update.up.numel() for update in adapter.updates.values()):,} numbers"
 
 
-def running(session: Session, path: Path) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """The session with an adapter active."""
-    held, options = ort.LoraAdapter(), ort.RunOptions()  # type: ignore[attr-defined]
-    held.Load(str(path))
-    options.add_active_adapter(held)
-
-    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        arrays = session.session.run(None, session.arrays(feeds), options)
-        return {name: torch.from_numpy(array) for name, array in zip(session.output_names, arrays, strict=True)}
-
-    run.held = held  # type: ignore[attr-defined]  # the options do not keep it
-    return run
-
-
-def _judged(source: Any, adapters: Sequence[Adapter], session: Session, files: Sequence[Path], options: Options) -> list[float]:
-    """Of the base without an adapter, then with each."""
+def _judged(source: Any, adapters: Sequence[Adapter], runs: Sequence[Runner], allowed: float, options: Options) -> list[float]:
+    """How far the first run is from the base, and each other one from the base with its adapter beside the linears."""
     samples = sampling.everything(source, options.data, options.samples, options.seed)
     found = []
-    runs: list[tuple[str, Graph, Any]] = [("without an adapter", source.graph, session)]
-    for adapter, path in zip(adapters, files, strict=True):
-        beside = source.graph.clone()
-        attach(beside, linears(beside), adapter)
-        runs.append((f"with {adapter.folder}", beside, running(session, path)))
-    for what, graph, run in runs:
+    for adapter, run in zip([None, *adapters], runs, strict=True):
+        graph = source.graph.clone()
+        if adapter is not None:
+            attach(graph, linears(graph), adapter)
         error = certify(graph.run, run, samples).upper
-        allowed = max(EQUAL[torch.float32][0], *(EQUAL[t][0] for t in _dtypes(source.graph)))
         if not error <= allowed:
+            what = "without an adapter" if adapter is None else f"with {adapter.folder}"
             raise RewriteError(f"{what} the session is off from the model by {error:.1e}, more than {allowed:g}; nothing was written")
         found.append(error)
     return found
-
-
-def _dtypes(graph: Graph) -> list[torch.dtype]:
-    return [d for d in {site.dtype for site in linears(graph)} if d in EQUAL] or [torch.float32]

@@ -234,7 +234,6 @@ class OnnxGraph:
 
         for place in site.places:
             self.beside(site, place, low)
-        self._edited()
 
     def parameter(self, name: str, tensor: Tensor) -> ir.Value:
         """A new stored one, by that name or one like it."""
@@ -248,6 +247,7 @@ class OnnxGraph:
         y = self.grown[place.y] = tape.op("Add", [place.y, as_before(tape, place.layout, made(tape, x), len(shape))])
         self._insert(place.y, y, tape.nodes, site.name)
         tape.nodes[-1].replace_input_with(0, place.y)
+        self._edited()
 
     def insert_before(self, node: ir.Node, nodes: Sequence[ir.Node], name: str) -> None:
         """New nodes, and names for them."""

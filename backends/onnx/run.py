@@ -64,10 +64,11 @@ class Session:
         self.input_types = {i.name: i.type for i in self.session.get_inputs()}
         self.output_names = [o.name for o in self.session.get_outputs()]
 
-    def __call__(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def __call__(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None, options: Any = None) -> dict[str, Tensor]:
+        """`options`: onnxruntime.RunOptions."""
         names = list(self.output_names if outputs is None else outputs)
         try:
-            arrays: Any = self.session.run(names, self.arrays(feeds))
+            arrays: Any = self.session.run(names, self.arrays(feeds), options)
         except Exception as problem:
             raise RewriteError(f"ONNX Runtime cannot run the model: {one_line(problem)}") from problem
         return {name: array_to_torch(array) for name, array in zip(names, arrays, strict=True)}
@@ -80,8 +81,7 @@ class Session:
         for name in self.output_names:
             binding.bind_output(name)
 
-        def call() -> None:
-            assert arrays  # they are read where they lie
+        def call(_held: object = arrays) -> None:  # they are read where they lie
             self.session.run_with_iobinding(binding)
 
         return call

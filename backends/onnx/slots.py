@@ -42,14 +42,11 @@ class Slot:
     def filled(self, updates: Mapping[str, Update]) -> dict[str, Tensor]:
         """Its inputs' values for updates by site; each is as wide as the widest, with zeros, and those without one are zero."""
         rank = max(len(update.down) for update in updates.values())
-        none = Update(torch.zeros(0, self.features), torch.zeros(0, 0))
         downs, found = [], {}
         for site, part in self.parts.items():
-            update = updates.get(site, none)
             a, b = torch.zeros(self.features, rank), torch.zeros(rank, part.features)
-            a[:, : len(update.down)] = update.down.T
-            if site in updates:
-                b[: len(update.down)] = update.up.T
+            if (update := updates.get(site)) is not None:
+                a[:, : len(update.down)], b[: len(update.down)] = update.down.T, update.up.T
             downs.append(a)
             found[part.up] = b.to(self.dtype)
         return {self.down: torch.cat(downs, 1).to(self.dtype), **found}
@@ -61,7 +58,7 @@ def opened(graph: OnnxGraph, sites: Sequence[Site]) -> list[Slot]:
     for site in sites:
         (first, *others) = site.places
         alone = others or first.layout != PLAIN
-        groups.setdefault(site.id if alone else (first.x, site.dtype), []).append(site)
+        groups.setdefault(site.id if alone else (first.x, first.nodes[0].graph, site.dtype), []).append(site)
     return [_slot(graph, group) for group in groups.values()]
 
 

@@ -100,7 +100,7 @@ def as_onnx(g: Graph) -> Graph:
 
 
 def sites(g: Graph) -> list[Site]:
-    return [s for detect in registry.detectors() for s in detect(g) if s.kind == "linear"]
+    return [s for s in registry.sites(g) if s.kind == "linear"]
 
 
 def samples(*batches: Mapping[str, Tensor], key: str = "k") -> Samples:

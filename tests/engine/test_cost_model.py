@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from rewriter import pipeline
-from rewriter.cost_model import AGREE, by_form, predicted
+from rewriter.cost_model import AGREE, Base, by_form
 from rewriter.graph import Graph
 from rewriter.opened import open_model
 from rewriter.operator import AbstractMatrix
@@ -47,7 +47,7 @@ def test_dense_less_what_is_gone_plus_what_came(off: float, flagged: bool, busy:
     target = FakeTarget(lambda form: busy * SECONDS * form.cost().params)
     target.whole = busy * 0.1
     expected = 0.1 - SECONDS * 96 * 128 + SECONDS * 8 * (96 + 128)
-    (found,) = predicted([row(expected * (1 + off))], [FEEDS], graph(WideMlp(), WIDE), rewritten, dense, target)
+    (found,) = Base(graph(WideMlp(), WIDE), dense, [FEEDS], target).predicted([row(expected * (1 + off))], rewritten)
     assert found.predicted_seconds == pytest.approx(expected)
     assert (f"more than {AGREE:.0%}" in found.note) == flagged and found.note.startswith("as it was")
     assert [sorted(asked) for asked in target.asked] == [["Dense", "LowRank"]]  # together; what stayed is not timed
@@ -56,13 +56,13 @@ def test_dense_less_what_is_gone_plus_what_came(off: float, flagged: bool, busy:
 def test_without_measured_times_nothing_is_predicted(rewritten: Graph) -> None:
     target = FakeTarget(lambda form: 1.0)
     g = graph(WideMlp(), WIDE)
-    assert predicted([row(None)], [FEEDS], g, rewritten, dense, target) == [row(None)] and target.asked == []
-    assert predicted([row(0.1)], ["no such batch"], g, rewritten, dense, target) == [row(0.1)] and target.asked == []
+    assert Base(g, dense, [FEEDS], target).predicted([row(None)], rewritten) == [row(None)] and target.asked == []
+    assert Base(g, dense, ["no such batch"], target).predicted([row(0.1)], rewritten) == [row(0.1)] and target.asked == []
 
 
 def test_more_than_there_was_is_flagged(rewritten: Graph) -> None:
     target = FakeTarget(lambda form: float(form.cost().params))
-    (found,) = predicted([row(0.05)], [FEEDS], graph(WideMlp(), WIDE), rewritten, dense, target)
+    (found,) = Base(graph(WideMlp(), WIDE), dense, [FEEDS], target).predicted([row(0.05)], rewritten)
     assert found.predicted_seconds == 0.0 and "more than" in found.note
 
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_predicted_has_a_note(rewritten: Graph) -> None:
     def fails(form: AbstractMatrix) -> float:
         raise RuntimeError("no such\nsession")
 
-    (found,) = predicted([row(0.05)], [FEEDS], graph(WideMlp(), WIDE), rewritten, dense, FakeTarget(fails))
+    (found,) = Base(graph(WideMlp(), WIDE), dense, [FEEDS], FakeTarget(fails)).predicted([row(0.05)], rewritten)
     assert found.note == "as it was; nothing is predicted at T=7: no such session"
     assert found.predicted_seconds is None and found.rewritten_seconds == 0.05
 

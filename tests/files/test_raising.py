@@ -66,7 +66,7 @@ def test_calls_become_nodes(name: str) -> None:
     said = rf"{entry.calls} calls? of {entry.function} raised to one node( each)?, equal to the function at 1, \d+, \d+, \d+ tokens; "
     assert re.match(said, note)
     assert any(spec.name.startswith(PAST) for spec in model.specs) == entry.cached
-    sites = [site for detect in registry.detectors() for site in detect(graph) if site.kind == "recurrence"]
+    sites = [site for site in registry.sites(graph) if site.kind == "recurrence"]
     assert len(sites) == entry.calls
     assert all("raised to one node before the model was exported" in site.reason for site in sites)
     assert narrow(model.program, model.specs, "") == []
@@ -210,4 +210,4 @@ def test_the_way_on_from_such_a_folder_is_one(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(model, (torch.zeros(2, 4, dtype=torch.int64),)), path)
     source = open_source(path, Options())
     assert source.graph.specs()[0].dims == (2, 4)
-    assert sum(site.kind == "linear" for detect in registry.detectors() for site in detect(source.graph)) > 8
+    assert sum(site.kind == "linear" for site in registry.sites(source.graph)) > 8

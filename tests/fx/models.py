@@ -59,7 +59,7 @@ def graph(function: Callable[[Any, Tensor], Any] | nn.Module, x: Tensor, dynamic
 
 
 def sites(g: FxGraph, kind: str = "") -> list[Site]:
-    return [s for detect in registry.detectors() for s in detect(g) if not kind or s.kind == kind]
+    return [s for s in registry.sites(g) if not kind or s.kind == kind]
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

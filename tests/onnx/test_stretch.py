@@ -21,7 +21,6 @@ from rewriter.backends.onnx.part import leaves, part
 from rewriter.backends.onnx.run import Session
 from rewriter.backends.onnx.stretch import layers, stretches
 from rewriter.backends.onnx.target import OnnxRuntimeTarget
-from rewriter.graph import Site
 from rewriter.options import Options
 from rewriter.pipeline import rewrite
 from tests.engine.nets import as_onnx, graph
@@ -48,10 +47,6 @@ class Layer(nn.Module):
         return self.down(nn.functional.gelu(self.up(h))) + h
 
 
-def sites(g: OnnxGraph) -> list[Site]:
-    return [site for detect in registry.detectors() for site in detect(g)]
-
-
 @pytest.fixture(scope="module")
 def dense() -> OnnxGraph:
     torch.manual_seed(0)
@@ -76,7 +71,7 @@ def kinds(found: Counter[LayerAlone]) -> list[list[str]]:
 
 
 def test_layers_have_their_endings_and_attention_its_transposes(dense: OnnxGraph, rewritten: OnnxGraph) -> None:
-    before, after = (layers(g, sites(g), FEEDS) for g in (dense, rewritten))
+    before, after = (layers(g, registry.sites(g), FEEDS) for g in (dense, rewritten))
     assert sum(before.values()) == sum(after.values()) == 7
     gone, come = (sorted(kinds(found), key=len) for found in (before - after, after - before))
     assert kinds(before).count(ENDED) == 1 and len(gone) == len(come) == 2  # what nothing touched is the same in both
@@ -94,7 +89,7 @@ def values(g: OnnxGraph, wanted: set[ir.Value]) -> dict[ir.Value, Tensor]:
 @pytest.mark.parametrize("which", ["dense", "rewritten"])
 def test_each_alone_computes_what_it_computes_in_the_model(which: str, request: pytest.FixtureRequest) -> None:
     g: OnnxGraph = request.getfixturevalue(which)
-    found = list(stretches(g, sites(g)))
+    found = list(stretches(g, registry.sites(g)))
     assert len({node for nodes in found for node in nodes}) == sum(map(len, found))  # each node once
     for nodes in found:
         known = values(g, {v for node in nodes for v in (*node.inputs, *node.outputs) if v is not None})
@@ -119,7 +114,7 @@ def test_times_are_taken_together_and_kept(
     monkeypatch.setattr(measure, "SECONDS", 0.001)
     calls: list[int] = []
     target = OnnxRuntimeTarget(kernels=kernels)
-    found = [*target.layers(dense, sites(dense), FEEDS), *target.layers(rewritten, sites(rewritten), FEEDS)]
+    found = [*target.layers(dense, registry.sites(dense), FEEDS), *target.layers(rewritten, registry.sites(rewritten), FEEDS)]
     whole = Whole("m", lambda: calls.append(1))
     seconds = target.measure_layers(found, whole, 1)
     assert len(seconds) == len(found) + 1 and all(s > 0 for s in seconds) and calls
@@ -142,4 +137,4 @@ g (float[B,6] x, bool c) => (float[B,6] y) {
 }"""
     g = OnnxGraph(model(text, 20, {"w": (6, 6), "w2": (6, 6)}))
     feeds: Mapping[str, Tensor] = {"x": torch.randn(3, 6), "c": torch.tensor(True)}
-    assert kinds(layers(g, sites(g), feeds)) == [["MatMul"]]
+    assert kinds(layers(g, registry.sites(g), feeds)) == [["MatMul"]]

@@ -54,16 +54,7 @@ def same(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_merged_is_what_peft_merges(name: str, kind: str, tmp_path: Path) -> None:
     _, made = tuned(name, tmp_path, **KINDS[kind])
-    result = rewriter.rewrite(
-        tmp_path / "base",
-        "merge-lora",
-        adapters=(str(tmp_path / "lora"),),
-        target="torch",
-        samples=16,
-        timing=False,
-        out=tmp_path / "o.pt2",
-    )
-    assert result.exit_code == 0
+    result = rewriter.plan(tmp_path / "base", "merge-lora", adapters=(str(tmp_path / "lora"),), target="torch", samples=16)
     inputs = ZOO[name].inputs(ZOO[name].sizes | ({"past": 0} if "past" in ZOO[name].sizes else {}))
     plain = {key: value for key, value in inputs.items() if not key.startswith("past_")}
     with torch.no_grad():

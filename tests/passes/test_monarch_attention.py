@@ -136,7 +136,7 @@ SEEN = [("torch", padding), ("torch", everything), ("torch", none), ("onnx", pad
 @pytest.mark.parametrize(("form", "masking"), SEEN)
 def test_layers_as_they_are_detected(tmp_path: Path, form: str, masking: Masking) -> None:
     g = traced(masking) if form == "torch" else as_onnx(traced(masking))
-    (found,) = (s for detect in registry.detectors() for s in detect(g) if s.kind == "attention")
+    (found,) = (s for s in registry.sites(g) if s.kind == "attention")
     decision, _ = decided(g, tmp_path, "monarch-attention:error=5", found)
     expected, _ = decided(traced(masking), tmp_path, "monarch-attention:error=5")
     assert isinstance(decision.operator, MonarchAttention), decision.reason

@@ -49,7 +49,7 @@ def test_every_dense_weight_is_a_site(name: str) -> None:
     """Also where it is kept; one for each stored weight, tied ones once; and each site multiplies by what it says."""
     entry, model = ZOO[name], module(name)
     g = FxGraph.of(program(name))
-    found = [s for detect in registry.detectors() for s in detect(g)]
+    found = registry.sites(g)
     assert len({s.id for s in found}) == len(found)
     linears = [s for s in found if s.kind == "linear"]
     stored = {s.weights["weight"].name for s in linears}
@@ -74,7 +74,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in EXPECTED])
 def test_what_else_is_listed(name: str) -> None:
     g = FxGraph.of(program(name))
-    kinds = [s.kind for detect in registry.detectors() for s in detect(g) if s.kind != "linear"]
+    kinds = [s.kind for s in registry.sites(g) if s.kind != "linear"]
     assert {kind: kinds.count(kind) for kind in kinds} == EXPECTED[name]
 
 
@@ -89,7 +89,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_kept_says_why(name: str) -> None:
     g = FxGraph.of(program(name))
-    kept: list[Site] = [s for detect in registry.detectors() for s in detect(g) if s.kind == "linear" and s.reason]
+    kept: list[Site] = [s for s in registry.sites(g) if s.kind == "linear" and s.reason]
     assert {s.name for s in kept} == set(KEPT[name])
     assert all(KEPT[name][s.name] in s.reason for s in kept)
 
