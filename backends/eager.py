@@ -5,13 +5,17 @@ A recurrence is a Python loop; where the length is a symbol (under torch.export)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rewriter.ops import Step
 from rewriter.packing import nibbles, scaled, unpack
+
+R = TypeVar("R")
 
 
 class EagerOps:
@@ -69,6 +73,20 @@ class EagerOps:
 
     def pad(self, x: Tensor, width: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+    def by_rows(self, x: Tensor, most: int, few: Callable[[Tensor], Tensor], many: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = math.prod(x.shape[:-1])
+        if not isinstance(rows, torch.SymInt):
+            return (few if rows <= most else many)(x)
+        from torch._higher_order_ops.cond import cond_op  # torch.cond compiles what it runs; here it is traced already
+
+        stored = self._stored(lambda: (few(x), many(x)))
+
+        def branch(form: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor]]:
+            return lambda x, *given: (self._within(stored, given, lambda: form(x)).clone(memory_format=torch.contiguous_format),)
+
+        (y,) = cond_op(rows <= most, branch(few), branch(many), (x.contiguous(), *stored.values()))
+        return y
 
     def literal(self, tensor: Tensor, like: Tensor) -> Tensor:
         return tensor.to(like)
@@ -161,16 +179,26 @@ class EagerOps:
         """Stored tensors go in as operands: a traced body may hold none."""
         from torch._higher_order_ops.scan import scan_op  # a prototype of torch's, needed only where a length is a symbol
 
-        self._used.clear()
-        step(states, [x[:, 0] for x in xs])
-        stored, count = dict(self._used), len(states)
+        stored, count = self._stored(lambda: step(states, [x[:, 0] for x in xs])), len(states)
 
         def body(*given: Tensor) -> list[Tensor]:
-            self._inside = dict(zip(stored, given[count + len(xs) :], strict=True))
-            new, ys = step(given[:count], given[count : count + len(xs)])
-            self._inside = {}
+            new, ys = self._within(stored, given[count + len(xs) :], lambda: step(given[:count], given[count : count + len(xs)]))
             # scan forbids outputs that alias, and states whose strides change
             return [v.clone(memory_format=torch.contiguous_format) for v in (*new, *ys)]
 
         found = scan_op(body, [s.contiguous() for s in states], [x.movedim(1, 0) for x in xs], tuple(stored.values()))
         return list(found[:count]), [y.movedim(0, 1) for y in found[count:]]
+
+    def _stored(self, made: Callable[[], object]) -> dict[int, Tensor]:
+        """The stored tensors that something is made with, by id."""
+        self._used.clear()
+        made()
+        return dict(self._used)
+
+    def _within(self, stored: Mapping[int, Tensor], given: Sequence[Tensor], made: Callable[[], R]) -> R:
+        """What is made in a body that is traced, where the given tensors stand for the stored ones."""
+        self._inside = dict(zip(stored, given, strict=True))
+        try:
+            return made()
+        finally:
+            self._inside = {}

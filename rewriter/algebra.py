@@ -157,6 +157,27 @@ class Compose(AbstractMatrix):
 
 
 @dataclass(frozen=True)
+class ByTokens(AbstractMatrix):
+    """One matrix in two forms: `few` runs in calls of at most `most` tokens, `many` in the others. Both are stored."""
+
+    few: AbstractMatrix
+    many: AbstractMatrix
+    most: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.few.shape
+
+    def product(self, ops: AnyOps, x: Any) -> Any:
+        return ops.by_rows(x, self.most, lambda x: self.few.product(ops, x), lambda x: self.many.product(ops, x))
+
+    @classmethod
+    def random(cls, rng: torch.Generator) -> Self:
+        down, up = torch.randn(7, 2, generator=rng), torch.randn(2, 5, generator=rng)
+        return cls(Compose((Dense(down), Dense(up))), Dense(down @ up), 3)
+
+
+@dataclass(frozen=True)
 class Sum(AbstractMatrix):
     """The sum of the terms' images."""
 

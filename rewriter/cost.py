@@ -108,6 +108,15 @@ class CostOps:
         assert width >= x.features, f"pad of {x.features} features to {width}"
         return Width((width,))
 
+    def by_rows(self, x: Width, most: int, few: Callable[[Width], Width], many: Callable[[Width], Width]) -> Width:
+        """Both are stored, one is executed."""
+        flops, runs, other = self.flops, *((few, many) if self.tokens <= most else (many, few))
+        skipped = other(x)
+        self.flops = flops
+        made = runs(x)
+        assert made == skipped, f"by_rows of {made.features} and {skipped.features} features"
+        return made
+
 
 def count(product: Callable[[Any, Any], Any], features: int, tokens: int) -> Cost:
     """The cost of a product on `tokens` rows of `features` numbers."""

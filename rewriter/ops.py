@@ -78,6 +78,10 @@ class Ops(Protocol[V]):
         """(..., n) -> (..., width), zeros behind; width >= n."""
         ...
 
+    def by_rows(self, x: V, most: int, few: Callable[[V], V], many: Callable[[V], V]) -> V:
+        """few(x) in a call where the leading dimensions of x have at most `most` entries together, else many(x), of the same width."""
+        ...
+
 
 class SequenceOps(Ops[V], Protocol[V]):
     """The words of maps on sequences. Values are (batch, time, n), states (batch, ...); axes are counted from the end, sizes of weights,

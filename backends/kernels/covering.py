@@ -23,6 +23,8 @@ from rewriter.backends.kernels.plan import NotCovered, for_session
 from rewriter.backends.kernels.recurrences import Sizes, sizes_of
 from rewriter.backends.onnx.constants import Constants
 from rewriter.backends.onnx.edit import Names, store
+from rewriter.backends.onnx.either import parted
+from rewriter.backends.onnx.emit import attach_matrix
 from rewriter.backends.onnx.opaque import SITE, is_opaque, kind, spec_of
 from rewriter.cache import digest
 from rewriter.errors import RewriteError
@@ -46,11 +48,15 @@ def cover(model: ir.Model, library: Kernels, threads: int) -> list[Covered]:
     """Every opaque node, in order."""
     if any(node.domain == DOMAIN for node in [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]):
         raise RewriteError(f"the model holds {DOMAIN} nodes of its own; those are made in memory alone, for one machine: no file has any")
+    parts = parted(model)
     under_way = _Cover(model, library, threads)
     found = [under_way.node(node) for node in list(model.graph.all_nodes()) if is_opaque(node)]
     if any(not c.reason for c in found):
         model.graph.opset_imports[DOMAIN] = 1
     passes.RemoveUnusedNodesPass()(model)
+    for node in parts:
+        if node.graph is not None:  # it is left to stock operators, and the file has a body of both forms alone
+            attach_matrix(model, node)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return found
 

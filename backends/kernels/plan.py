@@ -7,7 +7,7 @@ of a block stand in the order in which the next product reads them, so that it r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn
 
@@ -210,6 +210,9 @@ class PlanOps:
 
     def pad(self, x: Tensor, width: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - len(x)), value=ZERO)
+
+    def by_rows(self, x: Tensor, most: int, few: Callable[[Tensor], Tensor], many: Callable[[Tensor], Tensor]) -> NoReturn:
+        raise NotCovered("two forms by the number of tokens have no kernel as one")
 
     def add(self, a: Tensor, b: Tensor) -> NoReturn:
         raise NotCovered("sums have no kernel")

@@ -106,22 +106,26 @@ def attach(model: ir.Model, choose: Choose = default_lowering, lowered: Mapping[
     if not nodes:
         model.graph.opset_imports.pop(DOMAIN, None)
         return
-    opset = model.graph.opset_imports[""]
     for node in nodes:
         spec, rank = spec_of(node)
         if rank == 0:
             _attach_map(model, node, spec, choose(spec, 0))
-            continue
-        lowering = lowered.get(node) or choose(spec, rank)
-        node.overload = overload(spec, rank, lowering)
-        if lowering == NBITS:
-            model.graph.opset_imports[CONTRIB_DOMAIN] = 1
-        if node.op_identifier() not in model.functions:
-            body = function(spec, rank, opset, lowering)
-            model.functions[body.identifier()] = body
+        else:
+            attach_matrix(model, node, lowered.get(node) or choose(spec, rank))
     passes.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[DOMAIN] = VERSION
     model.ir_version = max(model.ir_version, FIRST_IR_WITH_OVERLOADS)
+
+
+def attach_matrix(model: ir.Model, node: ir.Node, lowering: str = LOWERINGS[0]) -> None:
+    """The function of one node."""
+    spec, rank = spec_of(node)
+    node.overload = overload(spec, rank, lowering)
+    if lowering == NBITS:
+        model.graph.opset_imports[CONTRIB_DOMAIN] = 1
+    if node.op_identifier() not in model.functions:
+        body = function(spec, rank, model.graph.opset_imports[""], lowering)
+        model.functions[body.identifier()] = body
 
 
 def _attach_map(model: ir.Model, node: ir.Node, spec: str, lowering: str) -> None:

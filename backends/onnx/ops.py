@@ -6,7 +6,7 @@ stay dynamic without a Shape node. Only forms that mean the same in every opset 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from rewriter.backends.onnx import nibbles
 from rewriter.backends.onnx.arrange import Arranged, Axis, arrange, plain, settled, split
 from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
+from rewriter.backends.onnx.either import Way, either, name_inside
 from rewriter.backends.onnx.nibbles import NBITS
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, matrix_skeleton, overload
 from rewriter.backends.onnx.scatter import scattered
@@ -188,6 +189,22 @@ class OnnxOps:
         pads[self.axis] = width - x.width
         return self._plain(self.tape.op("Pad", [self._settled(x), self._ints(*pads)]), width)
 
+    def by_rows(self, x: Arranged, most: int, few: Callable[[Arranged], Arranged], many: Callable[[Arranged], Arranged]) -> Arranged:
+        if not self.leading:
+            return (few if most else many)(x)
+        x = self._plain(self._settled(x), x.width)
+        (first, width), (second, _) = self._apart(few, x), self._apart(many, x)
+        return self._plain(either(self.tape, x.value, most, x.width, first, second), width)
+
+    def _apart(self, form: Callable[[Arranged], Arranged], x: Arranged) -> tuple[Way, int]:
+        """The nodes of a body of its own, what was rounded outside at hand; and the width of what it gives."""
+        outer, rounded = self.tape, dict(self._rounded)
+        self.tape = Tape()
+        y = form(x)
+        value, nodes = self._settled(y), self.tape.nodes
+        self.tape, self._rounded = outer, rounded
+        return (nodes, value), y.width
+
 
 class ColumnOps(OnnxOps):
     """The same on (..., n, tokens), for an x of two axes or more: weights stand on the left, and what moves are whole rows of tokens.
@@ -245,6 +262,7 @@ def function(spec: str, rank: int, opset: int, lowering: str = LOWERINGS[0]) -> 
         y = ops.tape.op("Identity", [y])
     imports = {"": opset, **({CONTRIB_DOMAIN: 1} if lowering == NBITS else {})}
     graph = ir.Graph([x, *inputs], [y], nodes=ops.tape.nodes, opset_imports=imports, name=kind(spec))
+    name_inside(graph)
     return ir.Function(DOMAIN, kind(spec), overload(spec, rank, lowering), graph=graph, attributes=())
 
 

@@ -7,7 +7,7 @@ changes (0) or infers one (-1). A recurrence is a Scan over axis 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from rewriter.backends.onnx import nibbles
 from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import lower, own_lowerings, steady
+from rewriter.backends.onnx.either import Way, either, name_inside
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload
 from rewriter.backends.onnx.scatter import scattered
 from rewriter.backends.onnx.tensors import from_torch
@@ -223,6 +224,17 @@ class SequenceOps:
         shape = self.tape.op("Concat", [self._length(like, 0), self._ints(*sizes)], {"axis": 0})
         return Sized(self._op("CastLike", self._op("ConstantOfShape", shape), like.value), (None, *sizes))
 
+    def by_rows(self, x: Sized, most: int, few: Callable[[Sized], Sized], many: Callable[[Sized], Sized]) -> Sized:
+        (first, axes), (second, _) = self._apart(few, x), self._apart(many, x)
+        return Sized(either(self.tape, x.value, most, x.axes[-1] or 1, first, second), axes)
+
+    def _apart(self, form: Callable[[Sized], Sized], x: Sized) -> tuple[Way, Axes]:
+        """The nodes of a body of its own, and the axes of what it gives."""
+        outer, self.tape = self.tape, Tape()
+        y = form(x)
+        nodes, self.tape = self.tape.nodes, outer
+        return (nodes, y.value), y.axes
+
     def recurrence(self, step: Step[Sized], states: Sequence[Sized], xs: Sequence[Sized]) -> tuple[list[Sized], list[Sized]]:
         outer, self.tape = self.tape, Tape()
         self._scans += 1
@@ -260,8 +272,7 @@ def map_function(spec: str, opset: int, lowering: str, wanted: int) -> ir.Functi
     results = [ops.tape.op("Identity", [r]) if r.producer() is None else r for r in results[:wanted]]
     domains = {"": opset, **({CONTRIB_DOMAIN: 1} if lowering == CONTRIB_NAME else {})}
     graph = ir.Graph([*inputs, *factors], results, nodes=ops.tape.nodes, opset_imports=domains, name=kind(spec))
-    for i, value in enumerate(v for node in graph.all_nodes() for v in node.outputs):
-        value.name = f"v{i}"  # tapes count for themselves, and a body sees what is around it
+    name_inside(graph)
     return ir.Function(DOMAIN, kind(spec), map_overload(spec, lowering, wanted), graph=graph, attributes=())
 
 

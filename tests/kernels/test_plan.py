@@ -24,6 +24,7 @@ from tests.onnx.rounding import RoundingOps
 load_structures()
 MATRICES = sorted(name for name, kind in AbstractOperator.kinds.items() if issubclass(kind, AbstractMatrix))
 REFUSED = {
+    "ByTokens": "two forms by the number of tokens",
     "Compose": "scales beside a product have no kernel",  # its random member has a Diagonal
     "Diagonal": "scales beside a product have no kernel",
     "Guided": "scales beside a product have no kernel",  # of training alone, known where its module was imported
