@@ -1,129 +1,96 @@
 """`pre-merge`: which factors to multiply ahead of time, decided by measurement on the target at the asked token counts.
 
-Chains of linears with nothing between them (an imported W = U V) are one product: each contiguous grouping of the factors is a candidate,
-and the fastest wins. A site that an earlier pass factored and whose dense form is faster everywhere gets its ORIGINAL weight back: a fit is
-never merged into a dense-sized matrix.
+What stands in a row is a product, what stands beside one another a sum: chains of linears, factored sites, adapters beside bases, linears
+that read one value. Each has several forms that are equal (planning/forms.py); the fastest is taken, or two of them behind one
+dispatch by the number of tokens where each wins somewhere (planning/choice.py). A fit is never merged into a dense-sized matrix alone:
+where dense is faster its ORIGINAL weight goes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from rewriter.algebra import Compose, Dense
-from rewriter.cost import Cost
-from rewriter.fit import after_cost, site_cost
-from rewriter.graph import PLAIN, Graph, Site, load_weight
+from rewriter.algebra import Dense
+from rewriter.fit import after_cost
+from rewriter.graph import Graph, load_weight
 from rewriter.operator import AbstractMatrix
-from rewriter.rule import AbstractPass, Context, Decision, against_dense
+from rewriter.passes.planning import adapters, chains, siblings
+from rewriter.passes.planning.choice import chosen, said
+from rewriter.passes.planning.forms import dense, products
+from rewriter.rule import AbstractPass, Context, Decision, against_dense, given_up
 
 
 @dataclass(frozen=True)
 class PreMerge(AbstractPass):
-    """Plans products of factors: chains of linears merge where that is faster; where speed is the objective slow sites go back to dense."""
+    """Plans products and sums of factors."""
 
     name: ClassVar[str] = "pre-merge"
-    summary: ClassVar[str] = "merges chains of linears where that is faster; with objective ms undoes slow rewrites"
+    summary: ClassVar[str] = "factors multiplied ahead of time where that is faster: chains, adapters, siblings; slow rewrites undone"
+
+    two_forms: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        rewritten = [d for d in context.decisions.values() if isinstance(d.operator, AbstractMatrix)]
+        for step in (adapters.planned, self._judged, self._chained, self._packed):
+            for decision in step(graph, context):
+                context.decisions[decision.site.id] = decision
+                yield decision
+
+    def _judged(self, graph: Graph, context: Context) -> Iterator[Decision]:
+        rewritten = [d for d in context.decisions.values() if isinstance(d.operator, AbstractMatrix) and d.structure != "merged"]
         for decision in context.progress.track(rewritten, "measuring forms", len(rewritten)):
-            yield self._judged(graph, context, decision)
-        free = [s for s in context.selected if s.kind == "linear" and not s.reason and not self._taken(context, s)]
-        for chain in chains(graph, free):
-            yield from self._merge(graph, context, chain)
+            yield from _judged(graph, context, decision)
 
-    @staticmethod
-    def _taken(context: Context, site: Site) -> bool:
-        earlier = context.decisions.get(site.id)
-        return earlier is not None and earlier.rewritten
+    def _chained(self, graph: Graph, context: Context) -> Iterator[Decision]:
+        for chain in chains.chains(graph, _links(graph, context)):
+            yield from chains.planned(graph, context, chain)
 
-    def _judged(self, graph: Graph, context: Context, decision: Decision) -> Decision:
-        """The decision with its measured speed, or given up where speed is the objective and dense wins at every asked token count.
-
-        A budget has weighed every site's cost, and another one's would not make up for this one's.
-        """
-        assert isinstance(decision.operator, AbstractMatrix)
-        dense = Dense(load_weight(graph, decision.site).float().T.contiguous())
-        table = context.seconds([dense, decision.operator.to(torch.float32)])
-        free = context.objective == "ms" and context.budget is None and not decision.exact
-        if free and all(form >= original for original, form in table):
-            graph.restore(decision.site)
-            figures = against_dense(context.tokens, [(d, f) for d, f in table])
-            return decision.kept(
-                f"{decision.structure} is slower than dense at every asked token count ({figures}): the original weight went back"
-            )
-        speed = ", ".join(f"{d / f:.1f}x dense at T={t}" for t, (d, f) in zip(context.tokens, table, strict=True))
-        return replace(decision, reason=f"{decision.reason}; {speed}")
-
-    def _merge(self, graph: Graph, context: Context, chain: Sequence[Site]) -> Iterator[Decision]:
-        """Merge a chain where that is faster; the last site carries the product, the others become part of it."""
-        weights = [load_weight(graph, s).double() for s in chain]
-        forms = [form(weights, cut) for cut in groupings(len(chain))]
-        table = context.seconds(forms)
-        totals = [sum(column) for column in zip(*table, strict=True)]
-        best = min(range(len(forms)), key=totals.__getitem__)
-        names = " . ".join(s.name for s in chain)
-        figures = f"{1e3 * totals[best]:.3f} ms against {1e3 * totals[0]:.3f} ms as it stands, at T={', '.join(map(str, context.tokens))}"
-        if best == 0:
-            yield from (_kept(s, f"chain {names}: no merged form is faster") for s in chain)
-            return
-        yield from spliced(graph, chain, forms[best], f"chain {names} merged ahead: {figures}")
+    def _packed(self, graph: Graph, context: Context) -> Iterator[Decision]:
+        for family in siblings.families(graph, _links(graph, context)):
+            yield from siblings.planned(graph, context, family)
 
 
-def chains(graph: Graph, sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Maximal runs of single-place linears in which each reads just what the one before it wrote, and no bias comes between."""
-    plain = [s for s in sites if len(s.places) == 1 and s.places[0].layout == PLAIN]
-    reader = {id(s.places[0].x): s for s in plain}
-    follower: dict[str, Site] = {}
-    for site in plain:
-        place = site.places[0]
-        following = reader.get(id(place.y))
-        if following is not None and place.bias is None and len(graph.users(place.y)) == 1:
-            follower[site.id] = following
-    heads = [s for s in plain if s.id in follower and all(f.id != s.id for f in follower.values())]
-    for head in heads:
-        run = [head]
-        while run[-1].id in follower:
-            run.append(follower[run[-1].id])
-        yield run
+def _links(graph: Graph, context: Context) -> list[chains.Link]:
+    """Every linear that a chain or a family may hold, as earlier steps left it."""
+    decisions = [(s, context.decisions.get(s.id)) for s in context.selected]
+    sites = [(s, d) for s, d in decisions if d is None or not (d.part_of or d.structure in ("merged", "packed"))]
+    return [found for s, d in sites if (found := chains.link(graph, s, d)) is not None]
 
 
-def groupings(count: int) -> list[tuple[int, ...]]:
-    """The places to cut a chain of `count` factors: all cuts first (as it stands), then every coarser grouping."""
-    inner = range(1, count)
-    return [cut for size in range(count - 1, -1, -1) for cut in combinations(inner, size)]
+def _judged(graph: Graph, context: Context, decision: Decision) -> Iterator[Decision]:
+    """The decision with its measured speed; where speed is the objective in its fastest form, or given up where that is the dense weight.
+
+    A budget has weighed every site's cost, and another one's would not make up for this one's.
+    """
+    site, operator = decision.site, decision.operator
+    assert isinstance(operator, AbstractMatrix) and site.dtype is not None
+    floats = operator.to(torch.float32)
+    original = Dense(load_weight(graph, site).float().T.contiguous())
+    free = context.objective == "ms" and context.budget is None
+    forms = [form for i, form in enumerate(products(floats)) if not i or (free and form.cost().params < original.cost().params)]
+    table = context.seconds([original, *forms])
+    if not free:
+        yield _with_speed(context, decision, [row[0] for row in table], [row[1] for row in table])
+        return
+    equal = [dense(floats), *forms]  # the first takes as long as the original
+    choice = chosen(context.tokens, context.seconds, equal, table, two=True)
+    if choice.index == 0 and not decision.exact:
+        graph.restore(site)
+        figures = against_dense(context.tokens, [(row[0], row[1]) for row in table])
+        reason = f"{decision.structure} is slower than dense ({figures}): the original weight went back"
+        yield from given_up(context.decisions, decision, reason)
+        return
+    if choice.index not in (0, 1):
+        stored = choice.form.to(site.dtype)
+        graph.splice(site, stored, decision.shift)
+        reason = "; ".join(filter(None, (decision.reason, said(choice.form))))
+        decision = replace(decision, reason=reason, operator=stored, after=after_cost(site, stored))
+    yield _with_speed(context, decision, [row[0] for row in table], choice.seconds if choice.index != 0 else [row[1] for row in table])
 
 
-def form(weights: Sequence[Tensor], cuts: tuple[int, ...]) -> AbstractMatrix:
-    """The chain with the factors between two cuts multiplied; weights are (m_i, n_i), first applied first."""
-    edges = [0, *cuts, len(weights)]
-    factors = []
-    for start, stop in pairwise(edges):
-        product = weights[start]
-        for weight in weights[start + 1 : stop]:
-            product = weight @ product
-        factors.append(Dense(product.T.float().contiguous()))
-    return factors[0] if len(factors) == 1 else Compose(tuple(factors))
-
-
-def spliced(graph: Graph, chain: Sequence[Site], operator: AbstractMatrix, reason: str) -> Iterator[Decision]:
-    """One opaque node for the whole chain, where its last site stood."""
-    first, last = chain[0], chain[-1]
-    assert first.shape is not None and last.shape is not None and last.dtype is not None
-    whole = replace(last, shape=(last.shape[0], first.shape[1]), places=(replace(last.places[0], x=first.places[0].x),))
-    stored = operator.to(last.dtype)
-    graph.splice(whole, stored)
-    for site in chain[:-1]:
-        yield Decision(site, f"part of {last.name}: {reason}", site_cost(site), Cost(), None, "merged", True, 0.0, part_of=last.name)
-    yield Decision(whole, reason, site_cost(last), after_cost(whole, stored), stored, "merged", True, 0.0)
-
-
-def _kept(site: Site, reason: str) -> Decision:
-    cost = site_cost(site)
-    return Decision(site, reason, cost, cost)
+def _with_speed(context: Context, decision: Decision, dense_seconds: Sequence[float], seconds: Sequence[float]) -> Decision:
+    speed = ", ".join(f"{d / f:.1f}x dense at T={t}" for t, d, f in zip(context.tokens, dense_seconds, seconds, strict=True))
+    return replace(decision, reason=f"{decision.reason}; {speed}")

@@ -144,6 +144,9 @@ class Compose(AbstractMatrix):
             x = factor.product(ops, x)
         return x
 
+    def as_product(self) -> tuple[AbstractMatrix, ...]:
+        return tuple(inner for factor in self.factors for inner in factor.as_product())
+
     def balanced(self) -> Compose:
         return Compose(tuple(factor.balanced() for factor in self.factors))
 

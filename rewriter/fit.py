@@ -65,6 +65,11 @@ def keep(site: Site, reason: str) -> Decision:
     return Decision(site, reason, cost, cost)
 
 
+def part(site: Site, reason: str, of: str, structure: str, exact: bool = True, final: bool = False) -> Decision:
+    """A site of which nothing is left: another one's operator or weight does its work."""
+    return Decision(site, reason, site_cost(site), Cost(), None, structure, exact, 0.0, part_of=of, final=final)
+
+
 def usable_weight(graph: Graph, site: Site) -> Tensor | str:
     """The matrix in float32, or why it cannot be used."""
     weight = load_weight(graph, site)
@@ -111,7 +116,8 @@ def timed(context: Context, plan: Plan) -> bool:
 def fit_key(model: str, context: Context, plan: Plan, site: Site) -> str:
     """What a fit depends on. `model` is the graph's fingerprint: a site's input moments depend on everything before it."""
     asked = ",".join(s.spelling() for s in plan.structures)
-    speed = (context.target.timed_as, context.tokens, context.threads, hardware(), sources()) if timed(context, plan) else ()
+    how_timed = (context.target.timed_as, context.tokens, context.threads, context.two_forms, hardware(), sources())
+    speed = how_timed if timed(context, plan) else ()
     how = (asked, plan.share, plan.explicit, plan.chosen, context.objective, context.seed)
     return digest(model, site.id, *how, speed, context.calibration.key, sources(FITTING))
 
@@ -191,7 +197,8 @@ def fit_families(
 
 
 def best_that_pays(context: Context, site: Site, weight: Tensor, fits: Sequence[Fitted]) -> tuple[Fitted | None, list[str]]:
-    """The first fit that costs less than the dense weight by the objective, and the numbers of those that do not."""
+    """The first fit that costs less than the dense weight by the objective, and the numbers of those that do not. Of time it is enough to
+    win somewhere where the dense form may be stored beside it."""
     before, lost = site_cost(site), []
     if not fits:
         return None, []
@@ -207,8 +214,8 @@ def best_that_pays(context: Context, site: Site, weight: Tensor, fits: Sequence[
     dense = Dense(weight.float().T.contiguous())
     table = context.seconds([dense, *[f.operator for f in fits]])
     totals = [sum(column) for column in zip(*table, strict=True)]
-    for fit, total in zip(fits, totals[1:], strict=True):
-        if total < totals[0]:
+    for i, (fit, total) in enumerate(zip(fits, totals[1:], strict=True), 1):
+        if total < totals[0] or (context.two_forms and any(row[i] < row[0] for row in table)):
             return fit, []
         at = ", ".join(map(str, context.tokens))
         lost.append(f"{fit.spelling} does not pay: {1e3 * total:.3f} ms against {1e3 * totals[0]:.3f} ms dense at T={at}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rewriter.algebra import ByTokens
 from rewriter.errors import RewriteError
 from rewriter.job import Job
 from rewriter.latency import grew
@@ -27,9 +28,9 @@ def refused(job: Job, error: OutputError) -> tuple[int, str] | None:
 
 
 def _bought(job: Job) -> int:
-    """Bytes that maps add for the sake of time: stored tensors, and the text of their forms."""
-    maps = [d for d in job.decisions.values() if isinstance(d.operator, AbstractMap)]
-    return sum(max(0, d.after.nbytes - d.before.nbytes) + MAP_TEXT for d in maps)
+    """Bytes that maps and second forms add for the sake of time: stored tensors, and the text of their forms."""
+    bought = [d for d in job.decisions.values() if isinstance(d.operator, AbstractMap | ByTokens)]
+    return sum(max(0, d.after.nbytes - d.before.nbytes) + MAP_TEXT for d in bought)
 
 
 def tolerance(job: Job) -> float:
@@ -43,7 +44,7 @@ def not_smaller(rows: Sequence[Latency], nbytes: Mapping[str, int | None], job: 
     if job.options.force or not job.rewritten:
         return None
     dense, now = nbytes["dense"], nbytes["rewritten"]
-    # the report that travels in the model is no weight, and what a map stores to save time stands beside its site
+    # the report that travels in the model is no weight, and what a map or a second form stores to save time stands beside its site
     if dense is not None and now is not None and now - stored - _bought(job) > dense:
         return 1, f"the output grew from {dense:,} to {now:,} bytes; nothing was written (--force writes it all the same)"
     if grew(rows):

@@ -71,6 +71,10 @@ class AbstractMatrix(AbstractOperator):
         (x,) = inputs
         return (self.product(ops, x),)
 
+    def as_product(self) -> tuple[AbstractMatrix, ...]:
+        """Matrices whose product it is, in order of application, none a product itself; they share its tensors."""
+        return (self,)
+
     def balanced(self) -> AbstractMatrix:
         """The same matrix in the form that trains best: factors of like size. As it is where nothing is free."""
         return self

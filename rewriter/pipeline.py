@@ -35,7 +35,7 @@ from rewriter.places import cache_folder, check_suffix, out_path, publish, size
 from rewriter.progress import Progress
 from rewriter.quantised import Quantised
 from rewriter.report import Latency, OutputError, Report, site_row
-from rewriter.rule import AbstractPass, Context, Decision
+from rewriter.rule import AbstractPass, Context, Decision, given_up
 from rewriter.select import select
 from rewriter.verify import Run, beside, certify, load_metric
 from rewriter.versions import versions, warn_untested
@@ -174,6 +174,7 @@ def _context(
         fits=FitCache(cache_folder(options)),
         progress=calibration.progress,
         seed=options.seed,
+        two_forms=any(step.two_forms for step in passes),
         decisions=decisions,
     )
 
@@ -194,15 +195,15 @@ def _decide(job: Job) -> tuple[int, str] | None:
 def _bound(job: Job, bound: float) -> tuple[int, str] | None:
     """Give up as few lossy sites as the bound allows, worst first: bisection on how many."""
     lossy = job.lossy
-    given_up: list[Decision] = []
+    lost: list[Decision] = []
 
     def holds(count: int) -> bool:
-        for decision in given_up[count:]:
+        for decision in lost[count:]:
             assert decision.operator is not None
             job.graph.splice(decision.site, decision.operator, decision.shift)
-        for decision in lossy[len(given_up) : count]:
+        for decision in lossy[len(lost) : count]:
             job.graph.restore(decision.site)
-        given_up[:] = lossy[:count]
+        lost[:] = lossy[:count]
         with _running(job) as run:
             return _certificate(job, run).upper <= bound
 
@@ -212,10 +213,9 @@ def _bound(job: Job, bound: float) -> tuple[int, str] | None:
             middle = (low + high) // 2
             low, high = (low, middle) if holds(middle) else (middle, high)
         ok = holds(high)
-        for decision in given_up:
-            job.decisions[decision.site.id] = decision.kept(
-                f"given up for --max-error {bound}: {decision.structure} had weighted error {decision.error:.3g}, among the worst"
-            )
+        for decision in lost:
+            reason = f"given up for --max-error {bound}: {decision.structure} had weighted error {decision.error:.3g}, among the worst"
+            job.decisions.update({d.site.id: d for d in given_up(job.decisions, decision, reason)})
         if not ok:
             return 3, f"the output error exceeds --max-error {bound} with nothing lossy left; nothing was written"
     return None

@@ -7,7 +7,7 @@ what it did can be taken back by `graph.restore`, so a later bound can give a si
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -39,7 +39,8 @@ class Decision:
     exact: bool = False
     error: float | None = None  # weighted, relative to the site's product
     shift: Tensor | None = None  # what the bias gained
-    part_of: str = ""  # the site whose operator does this one's work too
+    part_of: str = ""  # the site whose operator, or weight, does this one's work too
+    final: bool = False  # of a part: there is no way back, whatever becomes of that site
 
     @property
     def rewritten(self) -> bool:
@@ -47,7 +48,7 @@ class Decision:
 
     def kept(self, reason: str) -> Decision:
         """The same site, given up."""
-        return replace(self, reason=reason, after=self.before, operator=None, structure="", exact=False, error=None, shift=None)
+        return replace(self, reason=reason, after=self.before, operator=None, structure="", exact=False, error=None, shift=None, part_of="")
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Context:
     fits: FitCache
     progress: Progress
     seed: int = 0
+    two_forms: bool = False  # one of the passes stores two forms of a site where each wins at some token count
     decisions: dict[str, Decision] = field(default_factory=dict)  # of earlier passes, by site id
 
     def decide(self, kind: str, one: Callable[[Site], Decision]) -> Iterator[Decision]:
@@ -92,6 +94,7 @@ class AbstractPass(abc.ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for `rewrite passes`
+    two_forms: ClassVar[bool] = False  # see Context
     kinds: ClassVar[dict[str, type[AbstractPass]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -111,6 +114,13 @@ class AbstractPass(abc.ABC):
     def spelling(self) -> str:
         """As written on the command line."""
         return spell(self)
+
+
+def given_up(decisions: Mapping[str, Decision], decision: Decision, reason: str) -> list[Decision]:
+    """The decision, its site restored, and those of the sites that were part of it."""
+    name = decision.site.name
+    parts = [d for d in decisions.values() if d.part_of == name and not d.final]
+    return [decision.kept(reason), *(part.kept(f"{name}, which it was part of, was given up: {reason}") for part in parts)]
 
 
 def against_dense(tokens: Sequence[int], table: Sequence[tuple[float, float]]) -> str:

@@ -14,6 +14,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor
 
+from rewriter.algebra import ByTokens
 from rewriter.backends.files.archive import one_line
 from rewriter.backends.kernels.following import Following, following
 from rewriter.backends.kernels.heads import KIND, Heads, heads_of
@@ -164,7 +165,9 @@ def taken(operator: AbstractOperator, library: Kernels) -> Sizes | Heads:
 
 
 def covers(operator: AbstractOperator, library: Kernels) -> bool:
-    """Whether the kernels have something for it."""
+    """Whether the kernels have something for it, or for one of its two forms."""
+    if isinstance(operator, ByTokens):
+        return covers(operator.few, library) or covers(operator.many, library)
     try:
         for_session(operator) if isinstance(operator, AbstractMatrix) else taken(operator, library)
     except NotCovered:

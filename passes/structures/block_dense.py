@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from rewriter.algebra import BlockDiagonal, Dense
 from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
@@ -38,6 +39,10 @@ class BlockDense(AbstractMatrix):
         k, q, _ = self.down.shape
         x = x if self.inputs == k * q else ops.pad(x, k * q)
         return ops.matmul(ops.block_matmul(x, ops.const(self.down)), ops.const(self.up))
+
+    def as_product(self) -> tuple[AbstractMatrix, ...]:
+        k, q, _ = self.down.shape
+        return (BlockDiagonal(self.down), Dense(self.up)) if self.inputs == k * q else (self,)
 
     def balanced(self) -> BlockDense:
         down, up = balanced(self.down, self.up.unflatten(0, (len(self.down), -1)))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from rewriter.algebra import Dense
 from rewriter.moments import Moments
 from rewriter.operator import AbstractMatrix
 from rewriter.ops import AnyOps
@@ -34,6 +35,9 @@ class LowRank(AbstractMatrix):
 
     def product(self, ops: AnyOps, x: Any) -> Any:
         return ops.matmul(ops.matmul(x, ops.const(self.down)), ops.const(self.up))
+
+    def as_product(self) -> tuple[AbstractMatrix, ...]:
+        return Dense(self.down), Dense(self.up)
 
     def balanced(self) -> LowRank:
         return LowRank(*balanced(self.down, self.up))

@@ -1,0 +1,87 @@
+"""Adapters as sums: y = W x + U D x is (W + U D) x, and where W was factored before, W = B A, it is [B U] [A; D] x."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from rewriter.algebra import Compose, Dense, Sum
+from rewriter.fit import after_cost, keep, part
+from rewriter.graph import PLAIN, Graph, Site, load_matrix
+from rewriter.operator import AbstractMatrix
+from rewriter.passes.merge_lora import Change, factors_gone, merged
+from rewriter.passes.planning.choice import fastest, ratios
+from rewriter.passes.planning.forms import sums
+from rewriter.quantised import Quantised
+from rewriter.rule import Context, Decision
+
+
+def planned(graph: Graph, context: Context) -> Iterator[Decision]:
+    """A decision for each adapter, the outermost first, and for what else it changes."""
+    gone: list[Site] = []
+    for site in [s for s in reversed(context.selected) if s.kind == "adapter"]:
+        if site.reason or site.region is None:
+            yield keep(site, site.reason)
+            continue
+        base = _base(context, site)
+        earlier = context.decisions.get(base.id) if base is not None else None
+        if base is not None and earlier is not None and earlier.rewritten:
+            decisions = list(_joined(graph, context, site, earlier))
+        else:
+            decisions = [_merged(graph, context, site)]
+        gone += [site] if decisions[0].rewritten else []
+        yield from decisions
+    yield from factors_gone(graph, context, gone)
+
+
+def _base(context: Context, site: Site) -> Site | None:
+    """The linear that the adapter stands beside."""
+    weight = site.weights["base"].value
+    return next((s for s in context.selected if s.kind == "linear" and s.weights["weight"].value is weight), None)
+
+
+def _merged(graph: Graph, context: Context, site: Site) -> Decision:
+    """Into the weight where that is faster; it is smaller in any case."""
+    change = Change.of(graph, site)
+    base, branch = Dense(change.weight.T.float().contiguous()), _branch(graph, site)
+    table = context.seconds([Sum((base, branch)), base])
+    before, after = ([row[i] for row in table] for i in (0, 1))
+    if sum(after) >= sum(before):
+        return keep(site, f"merged it would be no faster: {ratios(context.tokens, before, after)}")
+    decision = merged(graph, site)
+    return replace(decision, reason=f"{decision.reason}; {ratios(context.tokens, before, after)}") if decision.rewritten else decision
+
+
+def _branch(graph: Graph, site: Site) -> AbstractMatrix:
+    assert site.shape is not None
+    m, n = site.shape
+    down, up = (load_matrix(graph, site.weights[key], shape) for key, shape in (("down", (-1, n)), ("up", (m, -1))))
+    return Compose((Dense(down.T.float().contiguous()), Dense(up.T.float().contiguous())))
+
+
+def _joined(graph: Graph, context: Context, site: Site, earlier: Decision) -> Iterator[Decision]:
+    """With the factors of its base, as one operator where that is faster."""
+    (place,), base = site.places, earlier.site
+    held = earlier.operator
+    assert site.region is not None
+    apart = len(base.places) != 1 or base.places[0].layout != PLAIN or site.region.inputs[1].value is not base.places[0].y
+    if earlier.part_of or not isinstance(held, AbstractMatrix) or isinstance(held, Quantised) or apart or "bias" in site.weights:
+        yield keep(site, f"{base.name} was rewritten, and its adapter cannot be joined to it")
+        return
+    forms = sums([held.to(torch.float32), _branch(graph, site)])[: None if earlier.exact else -1]  # a fit is not made dense
+    table = context.seconds(forms)
+    best = fastest(table)
+    if not best:
+        yield keep(site, f"beside {base.name}: as one operator they would be no faster")
+        return
+    figures = ratios(context.tokens, [row[0] for row in table], [row[best] for row in table])
+    assert base.dtype is not None
+    graph.restore(base)
+    whole = replace(base, places=(replace(base.places[0], nodes=(*base.places[0].nodes, *site.region.nodes), y=place.y),))
+    stored = forms[best].to(base.dtype)
+    graph.splice(whole, stored, earlier.shift)
+    reason = f"{earlier.reason}; with its adapter as one operator: {figures}"
+    yield part(site, f"part of {base.name}: {figures}", base.name, "joined", earlier.exact)
+    yield replace(earlier, site=whole, reason=reason, after=after_cost(whole, stored), operator=stored)
