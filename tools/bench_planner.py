@@ -23,6 +23,8 @@ from torch import Tensor
 
 from rewriter.algebra import ByTokens, Compose, Dense, Sparse, Sum
 from rewriter.backends.eager import EagerOps
+from rewriter.backends.kernels.covering import covers
+from rewriter.backends.kernels.session import trusted
 from rewriter.backends.onnx.emit import attach, default_lowering
 from rewriter.backends.onnx.lowering import chooser
 from rewriter.backends.onnx.measure import KERNEL, body_call, copies_of, covered, measure, stacked
@@ -105,7 +107,7 @@ def over_best(pick: AbstractMatrix, forms: Sequence[AbstractMatrix], tokens: int
     calls = []
     for form in (pick, *forms):
         spec = flatten(form)[1]
-        lowering = KERNEL if kernels else choose(spec, 2)
+        lowering = KERNEL if kernels and covers(form, trusted()) else choose(spec, 2)
         calls.append((body_call(spec, lowering, 2, tokens, threads, copies_of(spec, tokens), CPU, 20), copies_of(spec, tokens)))
     found = []
     for _ in range(REPEATS):
