@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from rewriter.algebra import Dense
-from rewriter.fit import after_cost
+from rewriter.fit import after_cost, keep, refusal
 from rewriter.graph import Graph, load_weight
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.planning import adapters, chains, siblings
@@ -34,7 +34,7 @@ class PreMerge(AbstractPass):
     two_forms: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        for step in (adapters.planned, self._judged, self._chained, self._packed):
+        for step in (adapters.planned, self._judged, self._chained, self._packed, self._alone):
             for decision in step(graph, context):
                 context.decisions[decision.site.id] = decision
                 yield decision
@@ -51,6 +51,11 @@ class PreMerge(AbstractPass):
     def _packed(self, graph: Graph, context: Context) -> Iterator[Decision]:
         for family in siblings.families(graph, _links(graph, context)):
             yield from siblings.planned(graph, context, family)
+
+    def _alone(self, graph: Graph, context: Context) -> Iterator[Decision]:
+        for site in context.selected:
+            if site.kind == "linear" and site.id not in context.decisions and not refusal(site):
+                yield keep(site, "nothing stands in a row with it, or beside it on the same input, that it could be merged with")
 
 
 def _links(graph: Graph, context: Context) -> list[chains.Link]:

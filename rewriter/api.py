@@ -28,8 +28,9 @@ def rewrite(
 
     passes: as on the command line, or a list of such and of pass objects. inputs: specifications such as "ids:int64[batch,seq]", or example
     tensors whose first axis then is dynamic; formats that know their inputs need none. data: a path as for --data, a mapping of arrays
-    (axis 0 counts samples), or a list of lines for a folder with a tokenizer. Other options are those of `Options`; with `out` the file is
-    written there, else `result.save(path)` writes it. Raises RewriteError for bad input; a run that found nothing has `result.exit_code` 1.
+    (axis 0 counts samples), or a list of lines for a folder with a tokenizer. Other options are those of `Options` (tokens may be numbers
+    too); with `out` the file is written there, else `result.save(path)` writes it. Raises RewriteError for bad input; a run that found
+    nothing has `result.exit_code` 1.
     """
     objects, given = _objects(passes), _options(model, passes, inputs, target, data, options)
     return pipeline.rewrite(model, given, _data(data), publish_to_out=given.out is not None, passes=objects)
@@ -95,6 +96,8 @@ def _options(model: Any, passes: Passes, inputs: Inputs, target: str | None, dat
     spelled = passes if isinstance(passes, str) else ",".join(p if isinstance(p, str) else p.spelling() for p in passes)
     path = str(data) if isinstance(data, str | Path) else None
     plain: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    if isinstance(counts := plain.get("tokens"), int | Sequence) and not isinstance(counts, str):
+        plain["tokens"] = ",".join(map(str, [counts] if isinstance(counts, int) else counts))
     plain = {"quiet": True, **plain, "passes": spelled, "inputs": _specs(model, inputs), "target": target, "data": path}
     try:
         return Options(**plain)

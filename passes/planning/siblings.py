@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rewriter.algebra import Dense
-from rewriter.fit import part, site_cost
+from rewriter.fit import keep, part, site_cost
 from rewriter.graph import Graph, Port, Region, Site
 from rewriter.operator import AbstractMatrix, flatten
 from rewriter.passes.planning.chains import Link
-from rewriter.passes.planning.choice import GAIN, fastest, ratios
+from rewriter.passes.planning.choice import pays, ratios
 from rewriter.passes.structures.siblings import Siblings
 from rewriter.rule import Context, Decision
 
@@ -32,13 +32,15 @@ def families(graph: Graph, links: Sequence[Link]) -> Iterator[list[Link]]:
 
 
 def planned(graph: Graph, context: Context, family: Sequence[Link]) -> Iterator[Decision]:
-    """The family as one map where it is faster by GAIN on the whole; nothing is said of those that stay."""
+    """The family as one map where that pays."""
     together, apart = packed(family), alone(family)
     table = context.seconds([apart, together])
-    if fastest(table) == 0 or sum(row[0] for row in table) < GAIN * sum(row[1] for row in table):
-        return
-    site = region_site(graph, family)
-    if site is None or graph.can_splice(site.region):  # type: ignore[arg-type]
+    site, names = region_site(family), ", ".join(each.site.name for each in family)
+    figures = ratios(context.tokens, *zip(*table, strict=True))
+    assert site.region is not None
+    refused = f"they would be no faster, {figures}" if not pays(table) else graph.can_splice(site.region)
+    if refused:
+        yield from (keep(each.site, f"{names} as one product: {refused}") for each in family if each.decision is None)
         return
     for each in family:
         if each.decision is not None:
@@ -46,9 +48,7 @@ def planned(graph: Graph, context: Context, family: Sequence[Link]) -> Iterator[
     assert site.dtype is not None
     stored = together.to(site.dtype)
     graph.splice(site, stored)
-    names = ", ".join(each.site.name for each in family)
-    reason = f"{names} as one product: {ratios(context.tokens, *zip(*table, strict=True))}"
-    yield from _decisions(site, family, stored, reason)
+    yield from _decisions(site, family, stored, f"{names} as one product: {figures}")
 
 
 def _decisions(site: Site, family: Sequence[Link], stored: Siblings, reason: str) -> Iterator[Decision]:
@@ -80,8 +80,8 @@ def packed(family: Sequence[Link]) -> Siblings:
     return Siblings(firsts[0].shape[0], (Dense(torch.cat(firsts, 1)),), widths, rest, biases(family))
 
 
-def region_site(graph: Graph, family: Sequence[Link]) -> Site | None:
-    """The last one's site, around all of the family's nodes; None where one has a bias that is not stored."""
+def region_site(family: Sequence[Link]) -> Site:
+    """The last one's, around all of the family's nodes."""
     places = [each.site.places[0] for each in family]
     nodes = tuple(node for place in places for node in place.nodes)
     region = Region(nodes, (Port(places[0].x),), tuple(Port(place.y) for place in places))

@@ -55,6 +55,8 @@ def test_the_api_has_the_same_job(tmp_path: Path) -> None:
         _ = nothing.module
     with pytest.raises(RewriteError, match=r"the options are the fields of rewriter\.Options"):
         rewriter.rewrite(WideMlp(), inputs=[WIDE], speed="high")
+    with pytest.raises(RewriteError, match="--tokens 1,0 cannot be read; give whole numbers of at least 1"):
+        rewriter.rewrite(WideMlp(), inputs=[WIDE], tokens=[1, 0])
 
 
 @pytest.mark.parametrize("kind", ["module", "program", "onnx"])
