@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rewriter.algebra import ByTokens
 from rewriter.calibrate import Feeds, Samples, padding_mask, site_rows, source
 from rewriter.cuts import cuts
 from rewriter.errors import RewriteError
@@ -47,15 +48,16 @@ class Correct(AbstractPass):
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
         decisions = {s.id: context.decisions.get(s.id) or keep(s, "no earlier pass rewrote this one") for s in context.selected}
-        lossy = [d for d in decisions.values() if isinstance(d.operator, AbstractMatrix) and not d.exact and not _rounded(d)]
+        lossy = [d for d in decisions.values() if isinstance(d.operator, AbstractMatrix) and not d.exact and not _fixed(d)]
         if lossy:
             decisions |= {d.site.id: d for d in _Correction(graph, context, _samples(context)).of(lossy)}
         yield from decisions.values()
 
 
-def _rounded(decision: Decision) -> bool:
-    """Whether its weights are integers: a correction would be floats again, so it goes before they are rounded."""
-    return isinstance(decision.operator, Quantised)
+def _fixed(decision: Decision) -> bool:
+    """Whether its weights are integers: a correction would be floats again, so it goes before they are rounded. So it does before a second
+    form is made of them, and before neighbours are one."""
+    return isinstance(decision.operator, Quantised | ByTokens) or not decision.site.weights
 
 
 def _samples(context: Context) -> Samples:

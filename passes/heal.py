@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from rewriter.algebra import ByTokens
 from rewriter.calibrate import Feeds
 from rewriter.errors import RewriteError
 from rewriter.fit import site_cost
@@ -96,4 +97,6 @@ def _unseen(site: Site) -> Decision:
 
 
 def _trains(decision: Decision) -> bool:
-    return isinstance(decision.operator, AbstractMatrix) and not decision.exact and decision.site.dtype in (torch.float32, torch.float64)
+    """Of two forms only one would learn."""
+    whole = isinstance(decision.operator, AbstractMatrix) and not isinstance(decision.operator, ByTokens)
+    return whole and not decision.exact and decision.site.dtype in (torch.float32, torch.float64)

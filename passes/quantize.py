@@ -11,13 +11,14 @@ that is tied to an embedding table reads all of it at each token: where time cou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from rewriter.algebra import Compose, Dense, Permutation
+from rewriter.algebra import ByTokens, Compose, Dense, Permutation
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.fit import keep, refusal, usable_weight
@@ -77,14 +78,15 @@ class Quantize(AbstractPass):
 
 def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moments | None, bits: int) -> Decision:
     site, before = decision.site, decision.operator
-    exact = isinstance(before, AbstractMatrix) and decision.exact  # of a merged chain no one weight is stored
-    weight = before.dense() if exact and isinstance(before, AbstractMatrix) else usable_weight(graph, site)
+    own = isinstance(before, AbstractMatrix) and (decision.exact or not site.weights)  # of a merged chain no one weight is stored
+    weight = before.dense() if own and isinstance(before, AbstractMatrix) else usable_weight(graph, site)
     if isinstance(weight, str):
         return keep(site, weight)
     before = before or Dense(weight.T.contiguous())
     assert isinstance(before, AbstractMatrix)
     floats = before.to(torch.float32)
-    even, structure = _evened(floats, decision.structure)
+    # two forms, each rounded by itself, would be two functions
+    even, structure = _evened(floats.few if isinstance(floats, ByTokens) else floats, decision.structure)
     forms = [made for b in BITS if b >= bits and (made := quantised(even, b)) is not None and made.bits == b]
     if not forms:
         return replace(decision, reason=_joined(decision.reason, "no weight of it is multiplied: nothing to round"))
@@ -96,6 +98,7 @@ def _rounded(graph: Graph, context: Context, decision: Decision, moments: Moment
     seen, dense = moments or isotropic(weight.shape[1]), made.dense()
     shift = None if decision.shift is None else seen.shift(weight, dense)
     error = seen.error(weight, dense, shifted=shift is not None)
+    error = error if site.weights else math.hypot(error, decision.error or 0.0)  # beside what was lost before
     structure = f"{structure} in {made.bits} bits" if structure else f"{made.bits} bits"
     reason = _joined(decision.reason if decision.rewritten else "", figures)
     rounded = replace(decision, reason=reason, after=_cost(site, made, decision.before), operator=made, structure=structure)

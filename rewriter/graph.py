@@ -134,7 +134,7 @@ class Site:
     shape: tuple[int, int] | None  # (m, n) of the matrix
     dtype: torch.dtype | None
     places: tuple[Place, ...]
-    weights: Mapping[str, WeightRef] = field(default_factory=dict)
+    weights: Mapping[str, WeightRef] = field(default_factory=dict)  # empty where no stored matrix is what the places multiply by
     operator: AbstractOperator | None = None  # what already stands there
     reason: str = ""
     region: Region | None = None  # of attention and recurrences that were read

@@ -140,7 +140,7 @@ class Session:
         """Splice the site in the form that trains."""
         assert isinstance(decision.operator, AbstractMatrix)
         site, operator = decision.site, decision.operator.balanced()
-        guided = Guided.of(operator, load_weight(self.graph, site).to(site.dtype)) if self.recipe.guided else None
+        guided = Guided.of(operator, load_weight(self.graph, site).to(site.dtype)) if self.recipe.guided and site.weights else None
         shift = decision.shift
         if shift is None and shifted(self.graph, site):
             shift = torch.zeros(operator.shape[0], dtype=torch.float64)

@@ -79,7 +79,7 @@ def _joined(graph: Graph, context: Context, site: Site, earlier: Decision) -> It
     figures = ratios(context.tokens, [row[0] for row in table], [row[best] for row in table])
     assert base.dtype is not None
     graph.restore(base)
-    whole = replace(base, places=(replace(base.places[0], nodes=(*base.places[0].nodes, *site.region.nodes), y=place.y),))
+    whole = replace(base, places=(replace(base.places[0], nodes=(*base.places[0].nodes, *site.region.nodes), y=place.y),), weights={})
     stored = forms[best].to(base.dtype)
     graph.splice(whole, stored, earlier.shift)
     reason = f"{earlier.reason}; with its adapter as one operator: {figures}"

@@ -104,7 +104,7 @@ def spliced(graph: Graph, chain: Sequence[Link], choice: Choice, reason: str) ->
     for each in chain:
         if each.decision is not None:
             graph.restore(each.site)
-    whole = replace(last, shape=(last.shape[0], first.shape[1]), places=(replace(last.places[0], x=first.places[0].x),))
+    whole = replace(last, shape=(last.shape[0], first.shape[1]), places=(replace(last.places[0], x=first.places[0].x),), weights={})
     stored, shift = choice.form.to(last.dtype), carried(chain)
     graph.splice(whole, stored, shift)
     found = [each.decision for each in chain if each.decision is not None]

@@ -20,6 +20,7 @@ from rewriter.passes.planning.chains import chains, link
 from rewriter.passes.pre_merge import PreMerge
 from rewriter.passes.structures.low_rank import LowRank
 from rewriter.passes.structures.siblings import Siblings
+from rewriter.quantised import Quantised
 from rewriter.registry import parse_passes
 from rewriter.rule import Context, Decision, given_up
 from rewriter.tolerances import EQUAL
@@ -351,3 +352,32 @@ def test_a_chain_is_given_up_whole_under_a_bound(monkeypatch: pytest.MonkeyPatch
     assert (first.status, second.status) == ("kept", "kept") and second.reason.startswith("given up for --max-error 1e-09: merged had")
     assert first.reason.startswith("b, which it was part of, was given up: ")
     assert lost.graph is not None and not any(lost.graph.op(node) == "structured" for node in lost.graph.nodes())
+
+
+def test_later_passes_know_that_no_stored_weight_is_a_merged_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntimeTarget, "measure", lambda self, forms, tokens, threads: [numbers(form) for form in forms])
+    net = Net(lambda n, x: torch.relu(n.b(n.a(x))), a=linear(planted(48, 24, 3), normal(48)), b=linear(planted(40, 48, 5, seed=4)))
+    options: dict[str, Any] = {"inputs": [CHAIN], "target": "onnxruntime", "objective": "nbytes", "data": {"x": normal(24, 5, 24)}}
+    passes = "low-rank:rank=2,pre-merge,correct,heal:steps=2:guided=true"
+    lossy = rewriter.plan(net.eval(), passes, **options).report.sites[1]
+    assert lossy.structure == "merged" and lossy.error is not None and not lossy.exact
+    rounded = rewriter.plan(net, "low-rank:rank=2,pre-merge,quantize", **options).report.sites[1]
+    assert rounded.structure == "merged in 8 bits" and rounded.error is not None and rounded.error > lossy.error
+
+
+def test_two_forms_are_neither_trained_nor_rounded_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would become a function of its own."""
+    monkeypatch.setattr(OnnxRuntimeTarget, "measure", ByCount(crossing).measure)
+    options: dict[str, Any] = {"inputs": [CHAIN], "target": "onnxruntime", "objective": "ms", "data": {"x": normal(24, 5, 24)}}
+    made = rewriter.plan(Mlp().eval(), "low-rank:rank=4,pre-merge,correct,heal:steps=2", **options)
+    assert made.graph is not None
+    held = [made.graph.operator(node) for node in made.graph.nodes() if made.graph.op(node) == "structured"]
+    assert held and all(isinstance(operator, ByTokens) for operator in held)
+    for operator in held:
+        assert isinstance(operator, ByTokens)
+        same({"": operator.many.dense()}, {"": operator.few.dense()})
+    monkeypatch.setattr(
+        OnnxRuntimeTarget, "measure", ByCount(lambda form, t: 0.1 if isinstance(form, Quantised) else crossing(form, t)).measure
+    )
+    rounded = rewriter.plan(Mlp().eval(), "low-rank:rank=4,pre-merge,quantize", **options)
+    assert {row.structure for row in rounded.report.sites} == {"low-rank:rank=4 in 8 bits"}
