@@ -34,7 +34,7 @@ class PreMerge(AbstractPass):
     two_forms: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        for step in (adapters.planned, self._judged, self._chained, self._packed, self._alone):
+        for step in (adapters.planned, self._chained, self._judged, self._packed, self._alone):
             for decision in step(graph, context):
                 context.decisions[decision.site.id] = decision
                 yield decision

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rewriter.algebra import Compose, Dense
+from rewriter.algebra import ByTokens, Compose, Dense
 from rewriter.fit import after_cost, keep, part, site_cost
 from rewriter.graph import PLAIN, Graph, Site, load_weight
 from rewriter.operator import AbstractMatrix
@@ -21,12 +21,35 @@ from rewriter.rule import Context, Decision
 
 @dataclass(frozen=True)
 class Link:
-    """One linear of a chain as it is now."""
+    """One linear of a chain as it is now; a dense weight is loaded when it is asked for."""
 
+    graph: Graph
     site: Site
-    operator: AbstractMatrix  # float32 at least
-    bias: Tensor | None  # (m,) float64, with what a fit has shifted it by
     decision: Decision | None  # of an earlier pass that rewrote it
+
+    @property
+    def operator(self) -> AbstractMatrix:
+        """In float32."""
+        held = self.decision.operator if self.decision is not None else None
+        assert held is None or isinstance(held, AbstractMatrix)
+        return (held or Dense(load_weight(self.graph, self.site).T.contiguous())).to(torch.float32)
+
+    @property
+    def kinds(self) -> tuple[type[AbstractMatrix], ...]:
+        """Of its factors."""
+        held = self.decision.operator if self.decision is not None else None
+        return tuple(type(factor) for factor in held.as_product()) if isinstance(held, AbstractMatrix) else (Dense,)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(m,) float64, with what a fit has shifted it by."""
+        place, total = self.site.places[0], None
+        if place.bias is not None:
+            stored = self.graph.const(place.bias)
+            assert stored is not None and self.site.shape is not None
+            total = (stored.double() * place.bias_scale).reshape(-1).expand(self.site.shape[0])
+        shift = self.decision.shift if self.decision is not None else None
+        return total if shift is None else shift.double() if total is None else total + shift.double()
 
 
 def link(graph: Graph, site: Site, decision: Decision | None) -> Link | None:
@@ -36,19 +59,9 @@ def link(graph: Graph, site: Site, decision: Decision | None) -> Link | None:
     rewritten = decision if decision is not None and decision.rewritten else None
     if rewritten is None and (site.reason or site.operator is not None or site.dtype is None or not site.dtype.is_floating_point):
         return None
-    held = rewritten.operator if rewritten is not None else Dense(load_weight(graph, site).T.contiguous())
-    place, total = site.places[0], None
-    if place.bias is not None:
-        if not graph.is_const(place.bias):
-            return None
-        stored = graph.const(place.bias)
-        assert stored is not None and site.shape is not None
-        total = (stored.double() * place.bias_scale).reshape(-1).expand(site.shape[0])
-    if rewritten is not None and rewritten.shift is not None:
-        total = rewritten.shift.double() if total is None else total + rewritten.shift.double()
-    if not isinstance(held, AbstractMatrix) or isinstance(held, Quantised):
-        return None
-    return Link(site, held.to(torch.float32), total, rewritten)
+    bias, held = site.places[0].bias, rewritten.operator if rewritten is not None else None
+    floats = held is None or (isinstance(held, AbstractMatrix) and not isinstance(held, Quantised | ByTokens))
+    return Link(graph, site, rewritten) if floats and (bias is None or graph.is_const(bias)) else None
 
 
 def chains(graph: Graph, links: Sequence[Link]) -> Iterator[list[Link]]:
@@ -88,7 +101,7 @@ def planned(graph: Graph, context: Context, chain: Sequence[Link]) -> Iterator[D
     dense = sum(site_cost(each.site).params for each in chain)
     forms = [form for i, form in enumerate(products(whole)) if not i or exact or form.cost().params < dense]
     table = context.seconds(forms)
-    choice = chosen(context.tokens, context.seconds, forms, table, two=exact and context.budget is None)
+    choice = chosen(context.tokens, context.seconds, forms, table, two=exact and context.objective == "ms" and context.budget is None)
     if choice.index == 0:
         yield from (keep(each.site, f"chain {names}: no merged form is faster") for each in chain if each.decision is None)
         return

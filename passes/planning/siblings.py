@@ -25,9 +25,8 @@ def families(graph: Graph, links: Sequence[Link]) -> Iterator[list[Link]]:
     found: dict[object, list[Link]] = {}
     for each in links:
         place = each.site.places[0]
-        kinds = tuple(type(factor) for factor in each.operator.as_product())
-        if len(graph.shape(place.x) or ()) == RANK and kinds in ((Dense,), (Dense, Dense)):
-            found.setdefault((id(place.x), graph.body(place.nodes[0]), kinds, each.site.dtype), []).append(each)
+        if len(graph.shape(place.x) or ()) == RANK and each.kinds in ((Dense,), (Dense, Dense)):
+            found.setdefault((id(place.x), graph.body(place.nodes[0]), each.kinds, each.site.dtype), []).append(each)
     yield from (family for family in found.values() if len(family) > 1)
 
 
