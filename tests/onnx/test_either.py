@@ -16,8 +16,10 @@ from rewriter.backends.files.onnx_file import load_onnx
 from rewriter.backends.files.pt2 import load_pt2
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.target import TorchTarget
-from rewriter.backends.kernels.session import coverage, open_covered
+from rewriter.backends.kernels.covering import covers
+from rewriter.backends.kernels.session import coverage, open_covered, trusted
 from rewriter.backends.onnx.graph import OnnxGraph
+from rewriter.backends.onnx.measure import measure
 from rewriter.backends.onnx.target import OnnxRuntimeTarget
 from rewriter.cost import dense_cost
 from rewriter.graph import load_weight
@@ -89,6 +91,9 @@ def test_kernels_see_each_form_alone(tmp_path: Path, few: Making) -> None:
     }
     assert {c.kind: c.reason for c in found} == reasons
     check(open_covered(tmp_path / "m.onnx", 1), g)
+    w = normal(12, 8)
+    assert covers(ByTokens(few(w), doubled(w), MOST), trusted()) == (few is factored)
+    assert len(measure([doubled(w), ByTokens(few(w), doubled(w), MOST)], 2, 1, kernels=True)) == 2
 
 
 def test_what_a_file_says_wrongly_of_two_forms_is_left_to_its_body(tmp_path: Path) -> None:
