@@ -161,6 +161,33 @@ def test_parts_are_as_wide_as_the_widest() -> None:
     assert found["a"].sum(0).tolist() == [3, 0, 0, 0, 6, 6] and not found["bk"].any()
 
 
+@pytest.mark.parametrize("energy", [0.7, 1.0])
+def test_ranks_that_keep_a_share(energy: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a dense decomposition; a rank that is not used goes for nothing."""
+    made = small(tmp_path / "lora", "q", "v", "down", rank=4)
+    for part in (made.base_model.model.q, made.base_model.model.down):
+        part.lora_A["default"].weight.data[2:] = part.lora_A["default"].weight.data[:2]
+    made.save_pretrained(tmp_path / "lora")
+    program = torch.export.export(Small().eval(), (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    given = ["--adapter", str(tmp_path / "lora"), "--energy", str(energy), "-o", str(tmp_path / "m.onnx"), "--samples", "16"]
+    assert cli.run(["adapters", str(tmp_path / "m.pt2"), *given]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    ranks, gone, norm = 0, 0.0, 0.0
+    with torch.no_grad():
+        for part in (made.base_model.model.q, made.base_model.model.v, made.base_model.model.down):
+            wanted = part.get_delta_weight("default").double()
+            u, s, v = torch.linalg.svd(wanted)
+            rank = 1 + int((s.square().cumsum(0) < (energy - 1e-10) * s.square().sum()).sum())
+            part.base_layer.weight += (u[:, :rank] * s[:rank] @ v[:rank]).float()
+            ranks, gone, norm = ranks + rank, gone + float(s[rank:].square().sum()), norm + float(s.square().sum())
+        assert f"ranks 12 to {ranks} in all, {(gone / norm) ** 0.5:.2%} of its change lost" in said
+        assert ranks == 8 if energy == 1 else ranks < 8
+        session = ort.InferenceSession(str(tmp_path / "m.onnx"))  # type: ignore[attr-defined]
+        with made.disable_adapter():
+            same(ran(session, {"x": X}, tmp_path / "m.lora.onnx_adapter"), made(X))
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "DoRA's lengths, which cannot be swapped at run time; merge it instead: --passes merge-lora"),
     "biases": ({"lora_bias": True}, "biases, which cannot be swapped"),
