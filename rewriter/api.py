@@ -64,7 +64,7 @@ def dynamic_adapters(model: Any, adapters: Sequence[str | Path], out: str | Path
     A session of the model runs the base; with `run_options.add_active_adapter(adapter)`, an onnxruntime.LoraAdapter of one of the files, it
     runs that adapter, whatever its rank. Strengths are written as on the command line, "DIR=0.5"; other options are those of `Options`,
     such as energy=0.95: each linear's update at the least rank that keeps this share of it.
-    Raises RewriteError for bad input, for an adapter that does not fit or cannot be swapped at run time (DoRA, biases, whole modules), and
+    Raises RewriteError for bad input, for an adapter that does not fit or cannot be swapped at run time (DoRA, whole modules), and
     where a session is off from the model with the adapter beside its linears; nothing is written then.
     """
     given = _options(model, "", inputs, None, None, {**options, "adapters": tuple(map(str, adapters)), "out": str(out)})

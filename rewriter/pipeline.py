@@ -341,5 +341,6 @@ def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: di
         seconds=round(time.perf_counter() - job.begin, 3),
         recipe=job.options.to_recipe(),
         notes=job.notes,
+        adapters=list(source.placed),
         nbytes=nbytes,
     )

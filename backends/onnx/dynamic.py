@@ -6,6 +6,8 @@ What is written was run: without an adapter it is the base, with each one it is 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from rewriter.options import Options
 from rewriter.places import out_path
 from rewriter.tolerances import EQUAL
 from rewriter.verify import certify
+
+SHOWN = 2  # modules whose inputs are printed
 
 
 class Adapted:
@@ -76,20 +80,25 @@ def write(model: Any, options: Options) -> list[Written]:
     sites = linears(graph)
     found = [matched(sites, adapter) for adapter in adapters]
     wanted = {site.id for each in found for site in each.values()}
-    slots = opened(graph, [site for site in sites if site.id in wanted])
+    biased = {m[path].id for each, m in zip(adapters, found, strict=True) for path, u in each.updates.items() if u.shift is not None}
+    slots = opened(graph, [site for site in sites if site.id in wanted], biased)
     allowed = max(EQUAL[slot.dtype][0] for slot in slots)
     with scratch_beside(out) as scratch:
         held, files = scratch / out.name, [scratch / name for name in names]
-        OnnxRuntimeTarget().emit(graph, held, EmitOptions(options.opset, False, options.token_counts, options.threads))
+        inputs = [_inputs(slots, match) for match in found]
+        kept = {"adapters": json.dumps(functools.reduce(dict.__or__, inputs))}
+        OnnxRuntimeTarget().emit(graph, held, EmitOptions(options.opset, False, options.token_counts, options.threads, kept))
         session = Session(str(held), options.threads)
         for adapter, match, file in zip(adapters, found, files, strict=True):
             _export(_values(slots, adapter, match), session, file)
         errors, moved = _judged(source, adapters, whole if less else [], [session, *(Adapted(session, f) for f in files)], allowed, options)
         for file in (*files, held):  # the model last
             publish(file, out.parent / file.name)
-    inputs = len(slots) + len(wanted)
-    room = f"room for adapters at {len(wanted)} linears, {inputs} inputs that default to rank zero; without one it is the base"
+    biases = f" and {len(biased)} to zeros" if biased else ""
+    many = f"{len(slots) + len(wanted)} inputs that default to rank zero{biases}"
+    room = f"room for adapters at {len(wanted)} linears, {many}; without one it is the base"
     said = [room, *(f"{adapter.folder} at scale {adapter.scale:g}, {_size(adapter)}" for adapter in adapters)]
+    said[1:] = [f"{text}; {_shown(each)}" for text, each in zip(said[1:], inputs, strict=True)]
     said[1:] = [text + (_less(less[i], moved[i]) if less else "") for i, text in enumerate(said[1:])]
     return [Written(out.parent / name, text, error) for name, text, error in zip([out.name, *names], said, errors, strict=True)]
 
@@ -119,7 +128,6 @@ def _check_kind(adapter: Adapter) -> None:
     kinds = {
         "whole tensors": bool(adapter.saved),
         "DoRA's lengths": any(u.magnitude is not None for u in updates),
-        "biases": any(u.shift is not None for u in updates),
     }
     if found := [kind for kind, there in kinds.items() if there]:
         raise RewriteError(
@@ -171,6 +179,18 @@ def _size(adapter: Adapter) -> str:
     ranks = sorted({len(update.down) for update in adapter.updates.values()})
     said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     return f"{said}, {sum(update.down.numel() + update.up.numel() for update in adapter.updates.values()):,} numbers"
+
+
+def _inputs(slots: Sequence[Slot], match: Mapping[str, Site]) -> dict[str, list[str]]:
+    """The inputs that each module of an adapter fills: A, B and, where there is room for one, the bias."""
+    of = {site: (slot.down, part.up, part.bias) for slot in slots for site, part in slot.parts.items()}
+    return {path: [name for name in of[site.id] if name is not None] for path, site in match.items()}
+
+
+def _shown(inputs: Mapping[str, Sequence[str]]) -> str:
+    """Some of them in words."""
+    some = [f"{path} in {', '.join(names)}" for path, names in inputs.items()]
+    return "; ".join(some[:SHOWN]) + (f"; {len(some) - SHOWN} more are in the model's metadata" if len(some) > SHOWN else "")
 
 
 def _less(found: Reduced, moved: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import rewriter
 from rewriter.backends.onnx.dynamic import Adapted
 from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
+from rewriter.report import validate
 from rewriter.tolerances import EQUAL
 from tests.files_zoo.zoo import SOURCES, ZOO, hugging
 
@@ -154,6 +156,11 @@ def test_whole_modules_and_biases_on_every_format(kind: str, passes: str, tmp_pa
     else:
         same(found, made(X))
     assert any("in place of" in note for note in result.report.notes)
+    (placed,) = result.report.adapters
+    assert (placed["folder"], placed["scale"]) == (str(tmp_path / "lora"), 1.0)
+    assert {"first", "first.bias", "head.weight", "head.bias", "norm.weight"} <= set(placed["placed"])
+    assert set(placed["placed"].values()) <= set(result.graph.parameters()) or kind == "onnx"  # type: ignore[union-attr]
+    validate(json.loads(result.report.to_json()))
 
 
 def test_several_at_their_scales(tmp_path: Path) -> None:
