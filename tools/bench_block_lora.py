@@ -1,6 +1,6 @@
 """Block-LoRA: what it learns beside LoRA, how near its projection is to a dense decomposition, and whether its folded form is the same.
 
-    python tools/bench_block_lora.py [--rule last|before] [--seeds 5] [--steps 400] [--rank 8]
+    python tools/bench_block_lora.py [--rule last|before] [--seeds 3] [--steps 400] [--rank 8]
 
 A small transformer (2 blocks, width 64, causal) learns to continue sequences of one rule over 32 symbols, the next is 5 s + 3; then,
 frozen, with adapters on queries, keys, values, the attention's output and both linears of its MLPs, those of another: 11 s + 7 of the last
@@ -213,7 +213,7 @@ def pretrained(seed: int, steps: int) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rule", choices=("last", "before"), default="last")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of Adam, for each adapter at each rate")
     parser.add_argument("--rank", type=int, default=8)
     given = parser.parse_args()

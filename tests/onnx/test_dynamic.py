@@ -208,6 +208,14 @@ def test_ranks_that_keep_a_share(energy: float, tmp_path: Path, capsys: pytest.C
             same(ran(session, {"x": X}, tmp_path / "m.lora.onnx_adapter"), made(X))
 
 
+def test_factors_that_are_no_numbers_have_no_rank(tmp_path: Path) -> None:
+    made = small(tmp_path / "lora", "q")
+    made.base_model.model.q.lora_A["default"].weight.data[0, 0] = torch.nan
+    made.save_pretrained(tmp_path / "lora")
+    with pytest.raises(RewriteError, match="the factors of 'q' hold NaN or inf"):
+        rewriter.dynamic_adapters(Small().eval(), [tmp_path / "lora"], tmp_path / "m.onnx", SPEC, samples=16, energy=0.9)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "DoRA's lengths, which cannot be swapped at run time; merge it instead: --passes merge-lora"),
     "modules": ({"modules_to_save": ["up"]}, "whole tensors, which cannot be swapped"),

@@ -226,6 +226,19 @@ def test_later_passes_go_on(passes: str) -> None:
     assert error is not None and 1e-3 < error.estimate < 1
 
 
+@pytest.mark.parametrize(
+    ("passes", "reason"), [("quantize", "its base was rewritten by an earlier pass"), ("block-lora,quantize:dense=false", "is not merged")]
+)
+def test_merging_comes_before_rounding(passes: str, reason: str) -> None:
+    """What stands in integers has no weight that a branch could go into; a branch in integers is not forgotten."""
+    if passes == "quantize":
+        with pytest.raises(RewriteError, match=f"merge-lora changes nothing: .*{reason}"):
+            planned(f"{passes},merge-lora")
+        return
+    row = next(row for row in planned(f"{passes},merge-lora").report.sites if row.kind == "adapter")
+    assert reason in row.reason and row.structure == "low-rank:rank=4 in 8 bits"
+
+
 @pytest.mark.parametrize("target", ["torch", "onnxruntime"])
 def test_what_is_written_has_the_smaller_branch(target: str, tmp_path: Path) -> None:
     out = tmp_path / ("m.pt2" if target == "torch" else "m.onnx")
