@@ -239,6 +239,18 @@ def test_merging_comes_before_rounding(passes: str, reason: str) -> None:
     assert reason in row.reason and row.structure == "low-rank:rank=4 in 8 bits"
 
 
+@pytest.mark.parametrize("passes", ["merge-lora,pre-merge", "block-lora,merge-lora,pre-merge", "low-rank:rank=5,block-lora,pre-merge"])
+def test_what_was_merged_or_reduced_is_not_planned_again(passes: str) -> None:
+    """Once merged it is no branch; a reduced one beside a factored base stays beside it."""
+    result = planned(passes)
+    row = next(row for row in result.report.sites if row.kind == "adapter")
+    assert row.reason.count("merged into its base") == ("merge-lora" in passes)
+    assert ("beside w, which was rewritten too" in row.reason) == ("low-rank" in passes)
+    before, after = (planned(p).graph.run(WIDE_FEED).values() for p in (passes.removesuffix(",pre-merge"), passes))
+    rtol, atol = EQUAL[torch.float32]
+    torch.testing.assert_close(next(iter(after)), next(iter(before)), rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("target", ["torch", "onnxruntime"])
 def test_what_is_written_has_the_smaller_branch(target: str, tmp_path: Path) -> None:
     out = tmp_path / ("m.pt2" if target == "torch" else "m.onnx")
