@@ -40,7 +40,8 @@ class PreMerge(AbstractPass):
                 yield decision
 
     def _judged(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        rewritten = [d for d in context.decisions.values() if isinstance(d.operator, AbstractMatrix) and d.structure != "merged"]
+        matrices = [d for d in context.decisions.values() if isinstance(d.operator, AbstractMatrix) and d.site.kind == "linear"]
+        rewritten = [d for d in matrices if d.structure != "merged"]
         for decision in context.progress.track(rewritten, "measuring forms", len(rewritten)):
             yield from _judged(graph, context, decision)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rewriter.api import apply as apply
+    from rewriter.api import block_lora as block_lora
     from rewriter.api import dynamic_adapters as dynamic_adapters
     from rewriter.api import inference_session as inference_session
     from rewriter.api import plan as plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "apply": "api",
+    "block_lora": "api",
     "dynamic_adapters": "api",
     "inference_session": "api",
     "plan": "api",

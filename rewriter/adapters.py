@@ -6,13 +6,16 @@ m / |W + U D|, are constants once it is trained: the weight is rescaled where it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph, Site, is_turned, load_weight, put_matrix
+from rewriter.thin import thin
+from rewriter.tolerances import EXACT
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,30 @@ class Adapter:
     def misfit(self, text: str) -> RewriteError:
         """What does not fit the model, both names in it."""
         return RewriteError(f"--adapter {self.folder}: {text}; give the base model that the adapter was made for")
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """An adapter at the least ranks that keep a share of its change."""
+
+    adapter: Adapter
+    ranks: tuple[int, int]  # before and after, summed over its linears
+    lost: float  # |dW - dW'| / |dW| of all linears together
+
+
+def reduced(adapter: Adapter, energy: float) -> Reduced:
+    """Each linear's update at the least rank that keeps this share of |U D|^2. RewriteError where a factor holds NaN or inf."""
+    updates, before, after, gone, norm = {}, 0, 0, 0.0, 0.0
+    for path, update in adapter.updates.items():
+        if not bool(update.down.isfinite().all() and update.up.isfinite().all()):
+            raise RewriteError(f"--adapter {adapter.folder}: the factors of {path!r} hold NaN or inf; train it again")
+        found, level = thin(update.down, update.up), EXACT[update.down.dtype]
+        rank = min(len(update.down), max(1, found.keeping(energy, level)))
+        down, up = (update.down, update.up) if rank == len(update.down) else (f.float() for f in found.truncated(rank))
+        updates[path] = replace(update, down=down, up=up)
+        before, after = before + len(update.down), after + rank
+        gone, norm = math.hypot(gone, found.gone(rank)), math.hypot(norm, found.norm)
+    return Reduced(replace(adapter, updates=updates), (before, after), gone / max(norm, 1e-300))
 
 
 def matched(sites: Sequence[Site], adapter: Adapter) -> dict[str, Site]:

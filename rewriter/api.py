@@ -62,12 +62,26 @@ def dynamic_adapters(model: Any, adapters: Sequence[str | Path], out: str | Path
     """The model as an .onnx with room for adapters, and a .onnx_adapter beside it for each of peft's folders: the files, the model first.
 
     A session of the model runs the base; with `run_options.add_active_adapter(adapter)`, an onnxruntime.LoraAdapter of one of the files, it
-    runs that adapter, whatever its rank. Strengths are written as on the command line, "DIR=0.5"; other options are those of `Options`.
-    Raises RewriteError for bad input, for an adapter that does not fit or cannot be swapped at run time (DoRA, biases, whole modules), and
+    runs that adapter, whatever its rank. Strengths are written as on the command line, "DIR=0.5"; other options are those of `Options`,
+    such as energy=0.95: each linear's update at the least rank that keeps this share of it.
+    Raises RewriteError for bad input, for an adapter that does not fit or cannot be swapped at run time (DoRA, whole modules), and
     where a session is off from the model with the adapter beside its linears; nothing is written then.
     """
     given = _options(model, "", inputs, None, None, {**options, "adapters": tuple(map(str, adapters)), "out": str(out)})
     return [file.path for file in importlib.import_module("rewriter.backends.onnx.dynamic").write(model, given)]
+
+
+def block_lora(
+    module: nn.Module, targets: Sequence[str], rank: int = 8, blocks: int = 2, alpha: float | None = None, reading: str = "rank"
+) -> Any:
+    """Block-LoRA on linears of a module, to be trained: in place; all else is frozen. Gives what has parameters, fold, save, counts.
+
+    targets: paths of linears, or how they end. reading: "rank", dW = (B_1 + ... + B_n) A_s, which folds to a LoRA of rank rank / blocks; or
+    "input", A_s on the sum of the input's blocks, which keeps the rank. s = alpha / rank, 1 by default. `save(folder)` writes the folded
+    adapter as peft does, for peft and for --adapter. RewriteError where nothing matches, or blocks do not divide what they are blocks of.
+    """
+    tuning: Any = importlib.import_module("rewriter.backends.tuning.block_lora")
+    return tuning.block_lora(module, targets, rank, blocks, alpha, reading)
 
 
 def inference_session(path: str | Path, sess_options: Any = None, providers: Sequence[Any] | None = None) -> Any:

@@ -40,9 +40,10 @@ class Finished(Exception):
 def transform(
     context: typer.Context, model: o.Model, passes: o.Passes = Options.passes, out: o.Out = None, target: o.Target = None,
     opset: o.Opset = Options.opset, inputs: o.Inputs = None, data: o.Data = None, samples: o.Samples = Options.samples,
-    dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None, adapters: o.Adapters = None, trust_pickle: o.TrustPickle = False,
-    include: o.Include = None, exclude: o.Exclude = None, budget: o.Budget = None, objective: o.Objective = None,
-    max_error: o.MaxError = None, precision: o.Precision = None, metric: o.Metric = None, tokens: o.Tokens = Options.tokens,
+    dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None, adapters: o.Adapters = None, energy: o.Energy = None,
+    trust_pickle: o.TrustPickle = False, include: o.Include = None, exclude: o.Exclude = None, budget: o.Budget = None,
+    objective: o.Objective = None, max_error: o.MaxError = None, precision: o.Precision = None, metric: o.Metric = None,
+    tokens: o.Tokens = Options.tokens,
     report: o.Report = None, seed: o.Seed = Options.seed, threads: o.Threads = Options.threads, cache: o.Cache = None,
     provider: o.Provider = Options.provider, kernels: o.Kernels = False, timing: o.Timing = True, flatten: o.Flatten = False,
     allow_noop: o.AllowNoop = False, force: o.Force = False, quiet: o.Quiet = False, debug: o.Debug = False,
@@ -130,7 +131,7 @@ def kernels(action: o.KernelAction = "status", model: o.KernelModel = None, debu
 @app.command(cls=Command)
 def adapters(
     context: typer.Context, model: o.Model, out: o.Out = None, adapters: o.Adapters = None, inputs: o.Inputs = None, data: o.Data = None,
-    samples: o.Samples = Options.samples, dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None,
+    energy: o.Energy = None, samples: o.Samples = Options.samples, dims: o.Dims = None, arch: o.Arch = None, task: o.Task = None,
     trust_pickle: o.TrustPickle = False, opset: o.Opset = Options.opset, seed: o.Seed = Options.seed,
     threads: o.Threads = Options.threads, force: o.Force = False, quiet: o.Quiet = False, debug: o.Debug = False,
 ) -> None:  # fmt: skip

@@ -49,6 +49,12 @@ Task = Annotated[str | None, _option(INPUTS, "--task", "TASK", "which head of a 
 Adapters = Annotated[
     list[str] | None, _option(INPUTS, "--adapter", "DIR[=SCALE]", "a LoRA adapter of the model, as peft saves it; repeatable")
 ]
+Energy = Annotated[
+    float | None,
+    _option(
+        INPUTS, "--energy", "X", "share of each adapter's change that is kept, by the least rank that does, linear by linear; above 0 to 1"
+    ),
+]
 TrustPickle = Annotated[
     bool,
     _option(INPUTS, "--trust-pickle", None, "let a pickle run its code, for files that you would run as programs; recorded"),

@@ -37,8 +37,8 @@ class Plan:
 
 
 def site_cost(site: Site) -> Cost:
-    """What the site's dense weight costs per token; nothing for sites that have none."""
-    if site.shape is None or site.dtype is None:
+    """What the site's dense weight costs per token; nothing for sites that have none, and for adapters, whose factors are sites too."""
+    if site.shape is None or site.dtype is None or site.kind == "adapter":
         return Cost()
     if site.operator is not None:
         return site.operator.cost()

@@ -306,9 +306,19 @@ class Graph(Protocol):
 
 
 def load_weight(graph: Graph, site: Site) -> Tensor:
-    """The site's (m, n) matrix, in its stored dtype."""
+    """The site's (m, n) matrix, in its stored dtype; of an adapter U D, multiplied out."""
     assert site.shape is not None
+    if site.kind == "adapter":
+        down, up = load_branch(graph, site)
+        return (up.double() @ down.double()).to(site.dtype)
     return load_matrix(graph, site.weights["weight"], site.shape)
+
+
+def load_branch(graph: Graph, site: Site) -> tuple[Tensor, Tensor]:
+    """An adapter's factors D (r, n) and U (m, r), in the types that they are stored in."""
+    assert site.shape is not None
+    m, n = site.shape
+    return load_matrix(graph, site.weights["down"], (-1, n)), load_matrix(graph, site.weights["up"], (m, -1))
 
 
 def load_matrix(graph: Graph, ref: WeightRef, shape: tuple[int, int]) -> Tensor:

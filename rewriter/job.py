@@ -43,7 +43,7 @@ class Job:
     @property
     def lossy(self) -> list[Decision]:
         """What was approximated, worst first."""
-        return sorted((d for d in self.decisions.values() if d.operator is not None and not d.exact), key=lambda d: -(d.error or 0.0))
+        return sorted((d for d in self.decisions.values() if d.lossy), key=lambda d: -(d.error or 0.0))
 
     @property
     def rewritten(self) -> int:

@@ -21,11 +21,12 @@ def open_model(model: Any, options: Options) -> Any:
     source = load.open_source(model, options)
     if not options.adapters:
         return source
-    adapters, graph, notes = load.open_adapters(options.adapters), source.graph.clone(), []
+    adapters, graph, notes, placed = load.open_adapters(options.adapters), source.graph.clone(), [], []
     for adapter in adapters:
         manifest = attach(graph, registry.sites(graph), adapter)
         notes.append(f"adapter {adapter.folder} on {len(adapter.updates)} linears at scale {adapter.scale:g}" + _whole(adapter, manifest))
-    return dataclasses.replace(source, graph=graph, notes=(*source.notes, *notes), adapted=True)
+        placed.append({"folder": adapter.folder, "scale": adapter.scale, "placed": manifest})
+    return dataclasses.replace(source, graph=graph, notes=(*source.notes, *notes), placed=tuple(placed))
 
 
 def _whole(adapter: Adapter, manifest: Mapping[str, str]) -> str:
@@ -36,7 +37,7 @@ def _whole(adapter: Adapter, manifest: Mapping[str, str]) -> str:
 
 def as_file(source: Any, target: Target, path: Path, options: Options) -> Path:
     """The model as a file that the target opens: the user's own where it is one."""
-    if source.path and not source.adapted and Path(source.path).is_file() and source.graph.format == "onnx" and target.suffix == ".onnx":
+    if source.path and not source.placed and Path(source.path).is_file() and source.graph.format == "onnx" and target.suffix == ".onnx":
         return Path(source.path)
     target.emit(source.graph, path, EmitOptions(options.opset, False, options.token_counts, options.threads))
     return path

@@ -30,6 +30,7 @@ class Options:
     arch: str | None = None
     task: str | None = None
     adapters: tuple[str, ...] = ()
+    energy: float | None = None  # of an adapter's change, that a lower rank has to keep
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     budget: str | None = None  # params=0.5
@@ -58,6 +59,8 @@ class Options:
             raise RewriteError(f"--objective {self.objective} is unknown; give one of {', '.join(OBJECTIVES)}")
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
             raise RewriteError(f"--max-error {self.max_error} is out of range; give a relative error of at least 0, such as 0.1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise RewriteError(f"--energy {self.energy} is out of range; give a share of what an adapter does, above 0 and up to 1")
         if self.precision is not None and not 0 < self.precision < 1:
             raise RewriteError(f"--precision {self.precision} is out of range; give a share of the error above 0 and below 1, such as 0.01")
         if not 0 <= self.seed < SEEDS:

@@ -129,6 +129,7 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
     passes = registry.parse_passes(options.passes) if passes is None else passes
     if not passes:
         raise RewriteError("--passes is empty; `rewrite passes` lists them")
+    passes = [*_reduction(options), *passes]
     source = open_model(model, options)
     target = target_of(options, source, options.out)
     graph = source.graph.clone()
@@ -143,6 +144,15 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
     return Job(
         options, source, graph, target, samples, sites, context, begin, passes, [*warn_untested(), *source.notes, *_widened(target, sites)]
     )
+
+
+def _reduction(options: Options) -> list[AbstractPass]:
+    """--energy as a pass, ahead of all others."""
+    if options.energy is None:
+        return []
+    if not options.adapters:
+        raise RewriteError(f"--energy {options.energy} is a share of an adapter's change, and there is no --adapter; give both, or neither")
+    return registry.parse_passes(f"block-lora:energy={options.energy}")
 
 
 def _widened(target: Target, sites: Sequence[Site]) -> list[str]:
@@ -199,10 +209,9 @@ def _bound(job: Job, bound: float) -> tuple[int, str] | None:
 
     def holds(count: int) -> bool:
         for decision in lost[count:]:
-            assert decision.operator is not None
-            job.graph.splice(decision.site, decision.operator, decision.shift)
+            decision.redo(job.graph)
         for decision in lossy[len(lost) : count]:
-            job.graph.restore(decision.site)
+            decision.give_up(job.graph)
         lost[:] = lossy[:count]
         with _running(job) as run:
             return _certificate(job, run).upper <= bound
@@ -332,5 +341,6 @@ def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: di
         seconds=round(time.perf_counter() - job.begin, 3),
         recipe=job.options.to_recipe(),
         notes=job.notes,
+        adapters=list(source.placed),
         nbytes=nbytes,
     )

@@ -112,6 +112,7 @@ class Report:
     recipe: dict[str, Any] = field(default_factory=dict)  # the options, for `rewrite replay`
     notes: list[str] = field(default_factory=list)
     nbytes: dict[str, int | None] = field(default_factory=dict)  # dense and rewritten file
+    adapters: list[dict[str, Any]] = field(default_factory=list)  # --adapter: folder, scale, what its keys went to
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -41,10 +41,28 @@ class Decision:
     shift: Tensor | None = None  # what the bias gained
     part_of: str = ""  # the site whose operator, or weight, does this one's work too
     final: bool = False  # of a part: there is no way back, whatever becomes of that site
+    undo: Callable[[Graph, bool], None] | None = None  # of what changed a weight: whether it is to be exact, so that a bound may ask for it
 
     @property
     def rewritten(self) -> bool:
         return self.operator is not None or bool(self.part_of)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether something was approximated, and may be given up."""
+        return not self.exact and (self.operator is not None or self.undo is not None)
+
+    def give_up(self, graph: Graph) -> None:
+        """Take the approximation back."""
+        self.undo(graph, True) if self.undo is not None else graph.restore(self.site)
+
+    def redo(self, graph: Graph) -> None:
+        """The inverse of `give_up`."""
+        if self.undo is not None:
+            self.undo(graph, False)
+        else:
+            assert self.operator is not None
+            graph.splice(self.site, self.operator, self.shift)
 
     def kept(self, reason: str) -> Decision:
         """The same site, given up."""
@@ -117,7 +135,9 @@ class AbstractPass(abc.ABC):
 
 
 def given_up(decisions: Mapping[str, Decision], decision: Decision, reason: str) -> list[Decision]:
-    """The decision, its site restored, and those of the sites that were part of it."""
+    """The decision, its approximation taken back, and those of the sites that were part of it."""
+    if decision.undo is not None:
+        return [replace(decision, reason=f"merged whole; {reason}", exact=True, error=0.0, undo=None)]
     name = decision.site.name
     parts = [d for d in decisions.values() if d.part_of == name and not d.final]
     return [decision.kept(reason), *(part.kept(f"{name}, which it was part of, was given up: {reason}") for part in parts)]

@@ -38,7 +38,7 @@ class Source:
     sizes: Mapping[str, int]  # of the dynamic dimensions, for examples and timing
     encode: Callable[[list[str]], Mapping[str, Tensor]] | None = None  # text -> feeds
     notes: tuple[str, ...] = field(default=())
-    adapted: bool = False  # the graph has adapters that its file has not
+    placed: tuple[Mapping[str, Any], ...] = ()  # the adapters that the graph has and its file has not, as the report says them
 
 
 def open_source(model: Any, options: Options) -> Source:

@@ -6,6 +6,8 @@ What is written was run: without an adapter it is the base, with each one it is 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from rewriter import registry, sampling
-from rewriter.adapters import Adapter, attach, matched
+from rewriter.adapters import Adapter, Reduced, attach, matched, reduced
 from rewriter.backend import EmitOptions, Runner
 from rewriter.backends.files.atomic import scratch_beside
 from rewriter.backends.files.load import open_adapters, open_source
@@ -32,6 +34,8 @@ from rewriter.options import Options
 from rewriter.places import out_path
 from rewriter.tolerances import EQUAL
 from rewriter.verify import certify
+
+SHOWN = 2  # modules whose inputs are printed
 
 
 class Adapted:
@@ -63,9 +67,11 @@ def write(model: Any, options: Options) -> list[Written]:
     """
     if not options.adapters:
         raise RewriteError("there is no adapter to make room for; give --adapter DIR")
-    adapters = open_adapters(options.adapters)
-    for adapter in adapters:
+    whole = open_adapters(options.adapters)
+    for adapter in whole:
         _check_kind(adapter)
+    less = [reduced(adapter, options.energy) for adapter in whole] if options.energy is not None else []
+    adapters = [each.adapter for each in less] or whole
     out = out_path(model, dataclasses.replace(options, target="onnxruntime"))
     names = _names(out, adapters, options.force)
     source = open_source(model, dataclasses.replace(options, adapters=()))
@@ -74,20 +80,26 @@ def write(model: Any, options: Options) -> list[Written]:
     sites = linears(graph)
     found = [matched(sites, adapter) for adapter in adapters]
     wanted = {site.id for each in found for site in each.values()}
-    slots = opened(graph, [site for site in sites if site.id in wanted])
+    biased = {m[path].id for each, m in zip(adapters, found, strict=True) for path, u in each.updates.items() if u.shift is not None}
+    slots = opened(graph, [site for site in sites if site.id in wanted], biased)
     allowed = max(EQUAL[slot.dtype][0] for slot in slots)
     with scratch_beside(out) as scratch:
         held, files = scratch / out.name, [scratch / name for name in names]
-        OnnxRuntimeTarget().emit(graph, held, EmitOptions(options.opset, False, options.token_counts, options.threads))
+        inputs = [_inputs(slots, match) for match in found]
+        kept = {"adapters": json.dumps(functools.reduce(dict.__or__, inputs))}
+        OnnxRuntimeTarget().emit(graph, held, EmitOptions(options.opset, False, options.token_counts, options.threads, kept))
         session = Session(str(held), options.threads)
         for adapter, match, file in zip(adapters, found, files, strict=True):
             _export(_values(slots, adapter, match), session, file)
-        errors = _judged(source, adapters, [session, *(Adapted(session, file) for file in files)], allowed, options)
+        errors, moved = _judged(source, adapters, whole if less else [], [session, *(Adapted(session, f) for f in files)], allowed, options)
         for file in (*files, held):  # the model last
             publish(file, out.parent / file.name)
-    inputs = len(slots) + len(wanted)
-    room = f"room for adapters at {len(wanted)} linears, {inputs} inputs that default to rank zero; without one it is the base"
+    biases = f" and {len(biased)} to zeros" if biased else ""
+    many = f"{len(slots) + len(wanted)} inputs that default to rank zero{biases}"
+    room = f"room for adapters at {len(wanted)} linears, {many}; without one it is the base"
     said = [room, *(f"{adapter.folder} at scale {adapter.scale:g}, {_size(adapter)}" for adapter in adapters)]
+    said[1:] = [f"{text}; {_shown(each)}" for text, each in zip(said[1:], inputs, strict=True)]
+    said[1:] = [text + (_less(less[i], moved[i]) if less else "") for i, text in enumerate(said[1:])]
     return [Written(out.parent / name, text, error) for name, text, error in zip([out.name, *names], said, errors, strict=True)]
 
 
@@ -116,7 +128,6 @@ def _check_kind(adapter: Adapter) -> None:
     kinds = {
         "whole tensors": bool(adapter.saved),
         "DoRA's lengths": any(u.magnitude is not None for u in updates),
-        "biases": any(u.shift is not None for u in updates),
     }
     if found := [kind for kind, there in kinds.items() if there]:
         raise RewriteError(
@@ -170,17 +181,41 @@ def _size(adapter: Adapter) -> str:
     return f"{said}, {sum(update.down.numel() + update.up.numel() for update in adapter.updates.values()):,} numbers"
 
 
-def _judged(source: Any, adapters: Sequence[Adapter], runs: Sequence[Runner], allowed: float, options: Options) -> list[float]:
-    """How far the first run is from the base, and each other one from the base with its adapter beside the linears."""
+def _inputs(slots: Sequence[Slot], match: Mapping[str, Site]) -> dict[str, list[str]]:
+    """The inputs that each module of an adapter fills: A, B and, where there is room for one, the bias."""
+    of = {site: (slot.down, part.up, part.bias) for slot in slots for site, part in slot.parts.items()}
+    return {path: [name for name in of[site.id] if name is not None] for path, site in match.items()}
+
+
+def _shown(inputs: Mapping[str, Sequence[str]]) -> str:
+    """Some of them in words."""
+    some = [f"{path} in {', '.join(names)}" for path, names in inputs.items()]
+    return "; ".join(some[:SHOWN]) + (f"; {len(some) - SHOWN} more are in the model's metadata" if len(some) > SHOWN else "")
+
+
+def _less(found: Reduced, moved: float) -> str:
+    """What --energy took."""
+    ranks = f"ranks {found.ranks[0]} to {found.ranks[1]} in all"
+    return f"; {ranks}, {found.lost:.2%} of its change lost, which moves the output by {moved:.2%} of itself"
+
+
+def _judged(
+    source: Any, adapters: Sequence[Adapter], whole: Sequence[Adapter], runs: Sequence[Runner], allowed: float, options: Options
+) -> tuple[list[float], list[float]]:
+    """How far the first run is from the base, and each other one from the base with its adapter beside the linears; then from `whole`."""
     samples = sampling.everything(source, options.data, options.samples, options.seed)
-    found = []
-    for adapter, run in zip([None, *adapters], runs, strict=True):
+
+    def error(adapter: Adapter | None, run: Runner) -> float:
         graph = source.graph.clone()
         if adapter is not None:
             attach(graph, linears(graph), adapter)
-        error = certify(graph.run, run, samples).upper
-        if not error <= allowed:
+        return certify(graph.run, run, samples).upper
+
+    found = []
+    for adapter, run in zip([None, *adapters], runs, strict=True):
+        off = error(adapter, run)
+        if not off <= allowed:
             what = "without an adapter" if adapter is None else f"with {adapter.folder}"
-            raise RewriteError(f"{what} the session is off from the model by {error:.1e}, more than {allowed:g}; nothing was written")
-        found.append(error)
-    return found
+            raise RewriteError(f"{what} the session is off from the model by {off:.1e}, more than {allowed:g}; nothing was written")
+        found.append(off)
+    return found, [error(adapter, run) for adapter, run in zip(whole, runs[1:], strict=bool(whole))]

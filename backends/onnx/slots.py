@@ -1,13 +1,14 @@
-"""Room for adapters in an ONNX graph: y + (x A) B, where A and B are inputs of the model that default to rank zero.
+"""Room for adapters in an ONNX graph: y + (x A) B + c, where A and B are inputs of the model that default to rank zero.
 
     A (n, r), B (r, m)      r is chosen with each run; without an adapter it is 0, and y is the base's
+    c (m,)                  zeros by default; where an adapter has biases
 
 Linears that read one value share A, so that x is multiplied once: A = [A_1 ... A_k], each (n, r), and Split takes the parts asunder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -28,6 +29,7 @@ class Part:
 
     up: str  # the input that is its B
     features: int  # m
+    bias: str | None = None  # the input that is its c
 
 
 @dataclass(frozen=True)
@@ -49,34 +51,39 @@ class Slot:
                 a[:, : len(update.down)], b[: len(update.down)] = update.down.T, update.up.T
             downs.append(a)
             found[part.up] = b.to(self.dtype)
+            if part.bias is not None and update is not None and update.shift is not None:
+                found[part.bias] = update.shift.to(self.dtype)
         return {self.down: torch.cat(downs, 1).to(self.dtype), **found}
 
 
-def opened(graph: OnnxGraph, sites: Sequence[Site]) -> list[Slot]:
-    """In place: room at each of the sites."""
+def opened(graph: OnnxGraph, sites: Sequence[Site], biased: Container[str] = ()) -> list[Slot]:
+    """In place: room at each of the sites, and for a bias at those whose ids are in `biased`."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
         (first, *others) = site.places
         alone = others or first.layout != PLAIN
         groups.setdefault(site.id if alone else (first.x, first.nodes[0].graph, site.dtype), []).append(site)
-    return [_slot(graph, group) for group in groups.values()]
+    return [_slot(graph, group, biased) for group in groups.values()]
 
 
-def _slot(graph: OnnxGraph, group: Sequence[Site]) -> Slot:
+def _slot(graph: OnnxGraph, group: Sequence[Site], biased: Container[str]) -> Slot:
     site, together = group[0], _named_together([s.name for s in group])
     assert site.shape is not None and site.dtype is not None
     n, rank = site.shape[1], f"{together}.rank"
     a = _input(graph, f"{together}.lora_A", (n, 0), (n, rank if len(group) == 1 else f"{rank}*{len(group)}"), site.dtype)
     ups = {s.id: _input(graph, f"{s.name}.lora_B", (0, s.shape[0]), (rank, s.shape[0]), site.dtype) for s in group if s.shape is not None}
+    shifts = {s.id: _input(graph, f"{s.name}.lora_bias", s.shape[:1], s.shape[:1], site.dtype) for s in group if s.shape and s.id in biased}
     lows = _apart(graph, site.places[0].x, a, group, together) if len(group) > 1 else {}
     for each in group:
         for place in each.places:
 
             def low(tape: Tape, x: ir.Value, each: Site = each) -> ir.Value:
-                return tape.op("MatMul", [lows[each.id] if lows else tape.op("MatMul", [x, a]), ups[each.id]])
+                made = tape.op("MatMul", [lows[each.id] if lows else tape.op("MatMul", [x, a]), ups[each.id]])
+                return tape.op("Add", [made, shifts[each.id]]) if each.id in shifts else made
 
             graph.beside(each, place, low)
-    parts = {s.id: Part(ups[s.id].name or "", s.shape[0]) for s in group if s.shape is not None}
+    named = {key: value.name for key, value in shifts.items()}
+    parts = {s.id: Part(ups[s.id].name or "", s.shape[0], named.get(s.id)) for s in group if s.shape is not None}
     return Slot(a.name or "", n, parts, site.dtype)
 
 

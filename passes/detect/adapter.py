@@ -1,6 +1,7 @@
 """Adapters: a thin branch beside a linear, y = rest + scale * U (D x) (+ b), where `rest` is W x for the same x, or a sum that W x is in.
 
-Scalings, casts and sums between may be spelled in any order. A branch that cannot be merged is listed with the reason.
+Scalings, casts and sums between may be spelled in any order. A branch that cannot be merged is listed with the reason; where its region is
+given it is U D x all the same.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ def _site(graph: Graph, node: Node, rest: Value | None, low: Value | None, taken
     if (bias := up.product.place.bias) is not None:
         weights["bias"] = WeightRef(graph.stored_name(bias), bias, (), up.scale * up.product.place.bias_scale)
     place = Place((*base.product.place.nodes, node), base.product.place.x, y, base.product.place.layout)
-    region = Region((*down.product.place.nodes, *up.product.place.nodes, node), (Port(place.x), Port(rest), Port(low)), (Port(y),))
-    reason = _reason(graph, base, down, up)
+    unread = _unread(base, down, up)
+    inside = (*down.product.place.nodes, *up.product.place.nodes, node)
+    region = None if unread else Region(inside, (Port(place.x), Port(rest), Port(low)), (Port(y),))
+    reason = unread or _reason(graph, base, up)
     return Site(name, name, "adapter", (m, n), graph.dtype(base.product.weight), (place,), weights, reason=reason, region=region)
 
 
@@ -78,11 +81,20 @@ def _origin(graph: Graph, value: Value) -> tuple[Value, float]:
     return value, scale
 
 
-def _reason(graph: Graph, base: Term, down: Term, up: Term) -> str:
+def _unread(base: Term, down: Term, up: Term) -> str:
+    """Why the branch is no U D of what its base reads, as it reads it; "" where it is."""
+    products = (base.product, down.product, up.product)
+    if reason := next((s.reason for s in products if s.reason), ""):
+        return reason
+    if down.product.place.bias is not None:
+        return "something is added between its factors"
+    alike = len({s.place.layout for s in products}) == 1 and not base.product.place.layout.spread
+    return "" if alike else "its factors see the features in another order than its base"
+
+
+def _reason(graph: Graph, base: Term, up: Term) -> str:
     """Why the branch cannot go into the base's weight; "" where it can."""
     product = base.product
-    if any(s.reason for s in (product, down.product, up.product)):
-        return next(s.reason for s in (product, down.product, up.product) if s.reason)
     if base.scale != 1:
         return f"its base is multiplied by {base.scale:g} on its way to the sum"
     if any(len(graph.users(value)) != 1 for value in base.path):
@@ -93,14 +105,11 @@ def _reason(graph: Graph, base: Term, down: Term, up: Term) -> str:
         return "its base's weight is computed from what is stored"
     if product.scale == 0:
         return "its base is multiplied by zero"
-    if down.product.place.bias is not None:
-        return "something is added between its factors"
     if (bias := up.product.place.bias) is not None and (
         product.place.layout != PLAIN or not graph.is_const(bias) or graph.producer(bias) is not None or len(graph.storage_users(bias)) != 1
     ):
         return "what is added to its product is not stored for it alone"
-    layouts = {s.place.layout for s in (product, down.product, up.product)}
-    return "" if len(layouts) == 1 and not product.place.layout.spread else "its factors see the features in another order than its base"
+    return ""
 
 
 def _term(graph: Graph, value: Value | None) -> Term | None:

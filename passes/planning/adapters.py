@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from rewriter.algebra import Compose, Dense, Sum
 from rewriter.fit import after_cost, keep, part
-from rewriter.graph import PLAIN, Graph, Site, load_matrix
+from rewriter.graph import PLAIN, Graph, Site, load_branch, load_matrix
 from rewriter.operator import AbstractMatrix
-from rewriter.passes.merge_lora import Change, factors_gone, merged
+from rewriter.passes.merge_lora import Base, branch_of, factors_gone, merged, stays
 from rewriter.passes.planning.choice import fastest, ratios
 from rewriter.passes.planning.forms import sums
 from rewriter.quantised import Quantised
@@ -20,18 +21,23 @@ from rewriter.rule import Context, Decision
 
 def planned(graph: Graph, context: Context) -> Iterator[Decision]:
     """A decision for each adapter, the outermost first, and for what else it changes."""
-    gone: list[Site] = []
+    gone, bases = list[Site](), dict[int, Base]()
     for site in [s for s in reversed(context.selected) if s.kind == "adapter"]:
-        if site.reason or site.region is None:
-            yield keep(site, site.reason)
+        reduced, base = context.decisions.get(site.id) or keep(site, ""), _base(context, site)
+        if reduced.part_of:
             continue
-        base = _base(context, site)
+        branch = branch_of(graph, site, reduced)
+        if site.reason or isinstance(branch, str):
+            yield stays(reduced, site.reason or str(branch))
+            continue
         earlier = context.decisions.get(base.id) if base is not None else None
-        if base is not None and earlier is not None and earlier.rewritten:
-            decisions = list(_joined(graph, context, site, earlier))
+        if base is None or earlier is None or not earlier.rewritten:
+            decisions = [_merged(graph, context, site, branch, bases)]
+        elif reduced.rewritten:
+            decisions = [stays(reduced, f"beside {base.name}, which was rewritten too")]
         else:
-            decisions = [_merged(graph, context, site)]
-        gone += [site] if decisions[0].rewritten else []
+            decisions = list(_joined(graph, context, site, earlier))
+        gone += [site] if decisions[0].part_of else []
         yield from decisions
     yield from factors_gone(graph, context, gone)
 
@@ -42,22 +48,20 @@ def _base(context: Context, site: Site) -> Site | None:
     return next((s for s in context.selected if s.kind == "linear" and s.weights["weight"].value is weight), None)
 
 
-def _merged(graph: Graph, context: Context, site: Site) -> Decision:
+def _merged(graph: Graph, context: Context, site: Site, branch: tuple[Tensor, Tensor], bases: dict[int, Base]) -> Decision:
     """Into the weight where that is faster; it is smaller in any case."""
-    change = Change.of(graph, site)
-    base, branch = Dense(change.weight.T.float().contiguous()), _branch(graph, site)
-    table = context.seconds([Sum((base, branch)), base])
+    earlier = context.decisions.get(site.id) or keep(site, "")
+    base = Dense(load_matrix(graph, site.weights["base"], (-1, branch[0].shape[1])).T.float().contiguous())
+    table = context.seconds([Sum((base, _branch(branch))), base])
     before, after = ([row[i] for row in table] for i in (0, 1))
     if sum(after) >= sum(before):
-        return keep(site, f"merged it would be no faster: {ratios(context.tokens, before, after)}")
-    decision = merged(graph, site)
-    return replace(decision, reason=f"{decision.reason}; {ratios(context.tokens, before, after)}") if decision.rewritten else decision
+        return stays(earlier, f"merged it would be no faster: {ratios(context.tokens, before, after)}")
+    decision = merged(graph, context, site, bases)
+    return replace(decision, reason=f"{decision.reason}; {ratios(context.tokens, before, after)}") if decision.part_of else decision
 
 
-def _branch(graph: Graph, site: Site) -> AbstractMatrix:
-    assert site.shape is not None
-    m, n = site.shape
-    down, up = (load_matrix(graph, site.weights[key], shape) for key, shape in (("down", (-1, n)), ("up", (m, -1))))
+def _branch(factors: tuple[Tensor, Tensor]) -> AbstractMatrix:
+    down, up = factors
     return Compose((Dense(down.T.float().contiguous()), Dense(up.T.float().contiguous())))
 
 
@@ -70,7 +74,7 @@ def _joined(graph: Graph, context: Context, site: Site, earlier: Decision) -> It
     if earlier.part_of or not isinstance(held, AbstractMatrix) or isinstance(held, Quantised) or apart or "bias" in site.weights:
         yield keep(site, f"{base.name} was rewritten, and its adapter cannot be joined to it")
         return
-    forms = sums([held.to(torch.float32), _branch(graph, site)])[: None if earlier.exact else -1]  # a fit is not made dense
+    forms = sums([held.to(torch.float32), _branch(load_branch(graph, site))])[: None if earlier.exact else -1]  # a fit is not made dense
     table = context.seconds(forms)
     best = fastest(table)
     if not best:

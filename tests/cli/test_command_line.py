@@ -29,6 +29,7 @@ GIVEN = {
     "arch": (["--arch", "nets:build"], "nets:build"),
     "task": (["--task", "fill-mask"], "fill-mask"),
     "adapters": (["--adapter", "one", "--adapter", "two=0.5"], ("one", "two=0.5")),
+    "energy": (["--energy", "0.95"], 0.95),
     "include": (["--include", "a.*", "--include", "b.*"], ("a.*", "b.*")),
     "exclude": (["--exclude", "c.*"], ("c.*",)),
     "budget": (["--budget", "params=0.5"], "params=0.5"),

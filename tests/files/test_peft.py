@@ -143,6 +143,34 @@ def test_factors_that_do_not_belong(changes: dict[str, Tensor | None], match: st
     refused(write(tmp_path, GOOD, held), match)
 
 
+BLOCKS = {"nblocks": 2, "target_modules_bd_a": ["pa"], "target_modules_bd_b": ["other"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "match"),
+    [
+        ({}, {A: torch.ones(2, 3)}, None),
+        ({"target_modules_bd_a": [], "target_modules_bd_b": ["art"]}, {A: torch.ones(2, 6), B: torch.ones(4, 1)}, None),
+        ({"nblocks": 3}, {A: torch.ones(2, 2)}, r"the down of 'part' is \[2, 2\], which is not 3 blocks"),
+        ({"target_modules_bd_b": ["part"]}, {A: torch.ones(2, 3)}, "which is not 2 blocks"),
+        ({"target_modules_bd_a": None, "target_modules_bd_b": ["part"]}, {B: torch.ones(4, 2)}, "says rank 2"),
+        ({"nblocks": 0}, {}, "use_bdlora has nblocks 0; it must be a whole number from 1 to 128"),
+        ({"nblocks": 129}, {}, "nblocks 129"),
+        ({"nblocks": "2"}, {}, "nblocks '2'"),
+    ],
+)
+def test_block_diagonal_factors(options: dict[str, Any], weights: dict[str, Tensor], match: str | None, tmp_path: Path) -> None:
+    held, config = {**factors(), **weights}, GOOD | {"use_bdlora": BLOCKS | options}
+    if match is not None:
+        refused(write(tmp_path, config, held), match)
+        return
+    (update,) = read(tmp_path, held, **config).updates.values()
+    if options:
+        assert update.up.equal(torch.block_diag(torch.full((2, 1), 2.0), torch.full((2, 1), 2.0))) and update.down.equal(held[A])
+    else:
+        assert update.down.equal(torch.block_diag(torch.ones(1, 3), torch.ones(1, 3))) and update.up.equal(2 * held[B])
+
+
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     file = write(tmp_path) / "adapter_model.safetensors"
     content = file.read_bytes()

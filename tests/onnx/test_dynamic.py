@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_linears_that_read_one_value_share_a_product(tmp_path: Path) -> None:
     model = ir.load(files[0])
     assert [v.name for v in model.graph.inputs if "lora_A" in str(v.name)] == ["v+q+k.lora_A", "down.lora_A", "up.lora_A"]
     assert [node.op_type for node in model.graph].count("Split") == 1
+    placed = json.loads(model.metadata_props["rewriter.adapters"])
+    assert placed == {name: [f"{'v+q+k' if name in 'vqk' else name}.lora_A", f"{name}.lora_B"] for name in ("v", "q", "k", "down", "up")}
     session = ort.InferenceSession(str(files[0]))  # type: ignore[attr-defined]
     with torch.no_grad():
         same(ran(session, {"x": X}, files[1]), one(X))
@@ -102,6 +105,23 @@ def test_linears_that_read_one_value_share_a_product(tmp_path: Path) -> None:
         for part in (two.base_model.model.q, two.base_model.model.k, two.base_model.model.v):
             part.scaling["default"] *= 0.5
         same(ran(session, {"x": X}, files[2]), two(X))
+
+
+def test_biases_are_swapped_too(tmp_path: Path) -> None:
+    """One adapter has them at linears that share A, the other has none there."""
+    one, two = small(tmp_path / "one", "q", "v", "down", lora_bias=True), small(tmp_path / "two", "q", "up")
+    for part in (one.base_model.model.q, one.base_model.model.v, one.base_model.model.down):
+        part.lora_B["default"].bias.data.normal_()
+    one.save_pretrained(tmp_path / "one")
+    files = rewriter.dynamic_adapters(Small().eval(), [f"{tmp_path / 'one'}=0.5", tmp_path / "two"], tmp_path / "m.onnx", SPEC, samples=16)
+    assert {v.name for v in ir.load(files[0]).graph.inputs if "bias" in str(v.name)} == {"q.lora_bias", "v.lora_bias", "down.lora_bias"}
+    session = ort.InferenceSession(str(files[0]))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        same(ran(session, {"x": X}, files[2]), two(X))
+        same(ran(session, {"x": X}), Small()(X))
+        for part in (one.base_model.model.q, one.base_model.model.v, one.base_model.model.down):
+            part.scaling["default"] *= 0.5
+        same(ran(session, {"x": X}, files[1]), one(X))
 
 
 def test_linears_behind_each_other_see_what_the_other_gives_with_its_adapter(tmp_path: Path) -> None:
@@ -161,9 +181,43 @@ def test_parts_are_as_wide_as_the_widest() -> None:
     assert found["a"].sum(0).tolist() == [3, 0, 0, 0, 6, 6] and not found["bk"].any()
 
 
+@pytest.mark.parametrize("energy", [0.7, 1.0])
+def test_ranks_that_keep_a_share(energy: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a dense decomposition; a rank that is not used goes for nothing."""
+    made = small(tmp_path / "lora", "q", "v", "down", rank=4)
+    for part in (made.base_model.model.q, made.base_model.model.down):
+        part.lora_A["default"].weight.data[2:] = part.lora_A["default"].weight.data[:2]
+    made.save_pretrained(tmp_path / "lora")
+    program = torch.export.export(Small().eval(), (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    given = ["--adapter", str(tmp_path / "lora"), "--energy", str(energy), "-o", str(tmp_path / "m.onnx"), "--samples", "16"]
+    assert cli.run(["adapters", str(tmp_path / "m.pt2"), *given]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    ranks, gone, norm = 0, 0.0, 0.0
+    with torch.no_grad():
+        for part in (made.base_model.model.q, made.base_model.model.v, made.base_model.model.down):
+            wanted = part.get_delta_weight("default").double()
+            u, s, v = torch.linalg.svd(wanted)
+            rank = 1 + int((s.square().cumsum(0) < (energy - 1e-10) * s.square().sum()).sum())
+            part.base_layer.weight += (u[:, :rank] * s[:rank] @ v[:rank]).float()
+            ranks, gone, norm = ranks + rank, gone + float(s[rank:].square().sum()), norm + float(s.square().sum())
+        assert f"ranks 12 to {ranks} in all, {(gone / norm) ** 0.5:.2%} of its change lost" in said
+        assert ranks == 8 if energy == 1 else ranks < 8
+        session = ort.InferenceSession(str(tmp_path / "m.onnx"))  # type: ignore[attr-defined]
+        with made.disable_adapter():
+            same(ran(session, {"x": X}, tmp_path / "m.lora.onnx_adapter"), made(X))
+
+
+def test_factors_that_are_no_numbers_have_no_rank(tmp_path: Path) -> None:
+    made = small(tmp_path / "lora", "q")
+    made.base_model.model.q.lora_A["default"].weight.data[0, 0] = torch.nan
+    made.save_pretrained(tmp_path / "lora")
+    with pytest.raises(RewriteError, match="the factors of 'q' hold NaN or inf"):
+        rewriter.dynamic_adapters(Small().eval(), [tmp_path / "lora"], tmp_path / "m.onnx", SPEC, samples=16, energy=0.9)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "DoRA's lengths, which cannot be swapped at run time; merge it instead: --passes merge-lora"),
-    "biases": ({"lora_bias": True}, "biases, which cannot be swapped"),
     "modules": ({"modules_to_save": ["up"]}, "whole tensors, which cannot be swapped"),
 }
 
@@ -224,7 +278,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     said = " ".join(capsys.readouterr().out.split())
     for text in (
         "room for adapters at 2 linears, 3 inputs that default to rank zero; without one it is the base; off by",
-        "at scale 0.5, rank 4, 288 numbers; off by",
+        "at scale 0.5, rank 4, 288 numbers; ",
+        "q in v+q.lora_A, q.lora_B; v in v+q.lora_A, v.lora_B; off by",
         "m.onnx with 2 adapters beside it, each run and compared",
     ):
         assert text in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rewriter
+from rewriter.backends.onnx.dynamic import Adapted
+from rewriter.backends.onnx.run import Session
 from rewriter.errors import RewriteError
+from rewriter.report import validate
 from rewriter.tolerances import EQUAL
 from tests.files_zoo.zoo import SOURCES, ZOO, hugging
 
@@ -37,6 +41,31 @@ def tuned(name: str, folder: Path, **settings: Any) -> tuple[nn.Module, Any]:
     made = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **settings)).eval()
     made.save_pretrained(folder / "lora")
     return model, made
+
+
+BD_LORA = peft.LoraConfig(
+    r=4, lora_alpha=6, target_modules=["first", "head"], init_lora_weights=False,
+    use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["fir"], target_modules_bd_b=["head"], nblocks=2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_block_diagonal_factors_are_read_whole(swapped: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made: Any = peft.get_peft_model(Even(), BD_LORA).eval()
+    made.base_model.model.head.lora_B["default"].weight.data.normal_()
+    made.save_pretrained(tmp_path / "lora")
+    with torch.no_grad():
+        wanted = made(X)
+        if swapped:
+            spec = ("x:float32[batch,5,16]",)
+            model, file = rewriter.dynamic_adapters(Even().eval(), [tmp_path / "lora"], tmp_path / "m.onnx", spec, samples=16)
+            same(Adapted(Session(str(model), 1), file)({"x": X})["output"], wanted)
+        else:
+            given: dict[str, Any] = {"adapters": (str(tmp_path / "lora"),), "inputs": ("x:float32[batch,5,16]",)}
+            result = rewriter.plan(Even().eval(), "merge-lora", samples=16, **given)
+            same(outputs(result, {"x": X}), wanted)
+            same(outputs(result, {"x": X}), made.merge_and_unload()(X))
 
 
 def outputs(result: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -71,6 +100,19 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(torch.relu(self.norm(self.first(x))))
+        return out
+
+
+class Even(nn.Module):
+    """Sizes that two blocks divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(16, 16), nn.Linear(16, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.first(x)))
         return out
 
 
@@ -114,6 +156,11 @@ def test_whole_modules_and_biases_on_every_format(kind: str, passes: str, tmp_pa
     else:
         same(found, made(X))
     assert any("in place of" in note for note in result.report.notes)
+    (placed,) = result.report.adapters
+    assert (placed["folder"], placed["scale"]) == (str(tmp_path / "lora"), 1.0)
+    assert {"first", "first.bias", "head.weight", "head.bias", "norm.weight"} <= set(placed["placed"])
+    assert set(placed["placed"].values()) <= set(result.graph.parameters()) or kind == "onnx"  # type: ignore[union-attr]
+    validate(json.loads(result.report.to_json()))
 
 
 def test_several_at_their_scales(tmp_path: Path) -> None:
@@ -175,3 +222,17 @@ def test_the_given_model_stays_as_it_was(tmp_path: Path) -> None:
     rewriter.plan(program, "merge-lora", adapters=(str(tmp_path),), samples=16)
     assert all(program.state_dict[name].equal(tensor) for name, tensor in before.items())
     same(program.module()(X), base(X))
+
+
+def test_energy_puts_the_pass_in_front(tmp_path: Path) -> None:
+    base, _ = small(tmp_path / "lora", modules_to_save=None, bias="none", r=4)
+    given: dict[str, Any] = {"inputs": ("x:float32[batch,5,16]",), "samples": 16, "adapters": (str(tmp_path / "lora"),)}
+    result = rewriter.plan(base, "merge-lora", energy=0.6, **given)
+    row = next(row for row in result.report.sites if row.kind == "adapter")
+    assert result.report.passes == ["block-lora:energy=0.6", "merge-lora"] and result.report.recipe["energy"] == 0.6
+    assert row.status == "planned" and not row.exact and "instead of 4" in row.reason and "merged into its base" in row.reason
+    assert result.report.output_error is not None and result.report.output_error.estimate > 1e-3
+    with pytest.raises(RewriteError, match="there is no --adapter; give both, or neither"):
+        rewriter.plan(base, "merge-lora", energy=0.6, **{**given, "adapters": ()})
+    with pytest.raises(RewriteError, match=r"--energy 1\.5 is out of range"):
+        rewriter.plan(base, "merge-lora", energy=1.5, **given)
