@@ -34,7 +34,18 @@ class Absorb(AbstractPass):
         if self.cached < 1:
             raise RewriteError(f"{self.name}:cached={self.cached} is out of range; give a number of tokens above 0, such as {CACHED}")
         products: dict[int, Site] = {}  # what expanded a latent, and the attention that has its weights now
-        yield from context.decide("attention", lambda site: self._judged(graph, context, site, products))
+        for site in [s for s in context.selected if s.kind == "attention"]:
+            earlier = context.decisions.get(site.id)
+            if earlier is None or not earlier.rewritten:
+                yield self._judged(graph, context, site, products)
+            elif isinstance(earlier.operator, Attention):  # one operation: seen as the model spelled it, and put back where it stays
+                graph.restore(site)
+                decision = self._judged(graph, context, site, products)
+                if not decision.rewritten:
+                    graph.splice(site, earlier.operator)
+                yield decision if decision.rewritten else earlier
+            else:
+                yield earlier
         for site in context.selected:
             owners = {products[id(n)].name for place in site.places for n in place.nodes if id(n) in products}
             if site.kind == "linear" and owners and all(any(id(n) in products for n in place.nodes) for place in site.places):
