@@ -53,7 +53,7 @@ class CountingOps(EagerOps):
 def counted(operator: AbstractMap, tokens: int) -> Cost:
     """For one sequence of `tokens` tokens (and as many keys), of the last form; of a recurrence step by step: chunks round tokens up."""
     leaves, spec = flatten(operator)
-    bare: Any = unflatten(spec, [leaf.to("meta") for leaf in leaves])
+    bare: Any = unflatten(spec, [leaf.to("meta", torch.float32 if leaf.is_floating_point() else leaf.dtype) for leaf in leaves])
     ops = CountingOps()
     sizes = operator.lengths(tokens)
     shapes = {x: [n if isinstance(n, int) else sizes[n] for n in dims] for x, dims in operator.inputs().items()}

@@ -201,6 +201,7 @@ def test_costs_are_those_of_the_form_that_a_call_takes() -> None:
     elementwise = 4 * keys * 3  # the sum of two products, the scale, the softmax
     assert own.cost(1).flops == absorbed + elementwise
     assert own.cost(1).params == own.key_up.numel() + own.value_up.numel()
+    assert own.to(torch.bfloat16).cost(1).flops == own.cost(1).flops
     for count, few in ((3, ALWAYS), (4, 0)):
         assert own.cost(count) == replace(own, few=few).cost(count)
 
