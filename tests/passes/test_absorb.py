@@ -37,7 +37,7 @@ from rewriter.rule import Decision
 from rewriter.tolerances import EQUAL
 from tests.engine.nets import FakeTarget, context, graph, normal
 
-HEADS, NOPE, ROPE, RANK, WIDTH = 4, 5, 6, 10, 3
+HEADS, NOPE, ROPE, RANK, WIDTH = 4, 6, 2, 10, 3
 CALLS = (4, 1, 1, 3, 1)  # a prompt, then steps, one of them of several tokens
 
 
