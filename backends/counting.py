@@ -15,7 +15,8 @@ from rewriter.ops import Step
 
 _FREE = {
     "const", "literal", "steady", "unfold", "fold", "swap", "last", "chunks", "joined", "zeros", "tail", "at_tail", "triangle", "regroup",
-    "split", "concat", "pad", "gather", "shuffle", "where", "scatter", "nibbles", "scaled",
+    "split", "concat", "pad", "gather", "shuffle", "where", "scatter", "nibbles", "scaled", "by_length",
+    "attend",
 }  # fmt: skip
 
 
@@ -52,11 +53,12 @@ class CountingOps(EagerOps):
 def counted(operator: AbstractMap, tokens: int) -> Cost:
     """For one sequence of `tokens` tokens (and as many keys), of the last form; of a recurrence step by step: chunks round tokens up."""
     leaves, spec = flatten(operator)
-    bare: Any = unflatten(spec, [leaf.to("meta") for leaf in leaves])
+    bare: Any = unflatten(spec, [leaf.to("meta", torch.float32 if leaf.is_floating_point() else leaf.dtype) for leaf in leaves])
     ops = CountingOps()
-    shapes = {x: [n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for x, dims in operator.inputs().items()}
+    sizes = operator.lengths(tokens)
+    shapes = {x: [n if isinstance(n, int) else sizes[n] for n in dims] for x, dims in operator.inputs().items()}
     types = {x: torch.bool for x in operator.booleans()}
-    form = bare.forms()[0 if isinstance(bare, AbstractRecurrence) else -1]
+    form = bare.forms()[0] if isinstance(bare, AbstractRecurrence) else bare.offered()[-1]
     bare.spelled(form, ops, *[torch.empty(shape, dtype=types.get(x, torch.float32), device="meta") for x, shape in shapes.items()])
     stored = tensors(operator)
     return Cost(sum(t.numel() for t in stored), ops.flops, sum(t.nbytes for t in stored))

@@ -1,18 +1,19 @@
 """Torch eager: each word one or two tensor operations; the oracle that every other interpretation must match.
 
-A recurrence is a Python loop; where the length is a symbol (under torch.export) it is torch's `scan`.
+A recurrence is a Python loop, a choice by length a plain `if`; where the length is a symbol (under torch.export) they are torch's `scan`
+and `cond`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rewriter.ops import Step
+from rewriter.ops import Choice, Step
 from rewriter.packing import nibbles, scaled, unpack
 
 R = TypeVar("R")
@@ -78,15 +79,7 @@ class EagerOps:
         rows = math.prod(x.shape[:-1])
         if not isinstance(rows, torch.SymInt):
             return (few if rows <= most else many)(x)
-        from torch._higher_order_ops.cond import cond_op  # torch.cond compiles what it runs; here it is traced already
-
-        stored = self._stored(lambda: (few(x), many(x)))
-
-        def branch(form: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor]]:
-            return lambda x, *given: (self._within(stored, given, lambda: form(x)).clone(memory_format=torch.contiguous_format),)
-
-        (y,) = cond_op(rows <= most, branch(few), branch(many), (x.contiguous(), *stored.values()))
-        return y
+        return self._either(rows <= most, few, many, [x])
 
     def literal(self, tensor: Tensor, like: Tensor) -> Tensor:
         return tensor.to(like)
@@ -166,6 +159,17 @@ class EagerOps:
     def zeros(self, like: Tensor, *sizes: int) -> Tensor:
         return like.new_zeros(like.shape[0], *sizes)
 
+    def attend(self, attention: Any, *inputs: Tensor) -> Tensor:
+        found: Tensor = attention.apply(self, *inputs)[0]
+        return found
+
+    def by_length(self, x: Tensor, axis: int, most: int, few: Choice[Tensor], many: Choice[Tensor], given: Sequence[Tensor]) -> Tensor:
+        size = x.shape[axis]
+        if not isinstance(size, torch.SymInt):
+            return (few if size <= most else many)(*given)
+        # as a tensor: torch.export takes every symbol for at least 2, and would decide here and now that there are more
+        return self._either(torch.scalar_tensor(size, dtype=torch.int64) <= most, few, many, given)
+
     def recurrence(self, step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if isinstance(xs[0].shape[1], torch.SymInt):
             return self._scan(step, states, xs)
@@ -176,7 +180,6 @@ class EagerOps:
         return list(states), [torch.stack(column, 1) for column in zip(*rows, strict=True)]
 
     def _scan(self, step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Stored tensors go in as operands: a traced body may hold none."""
         from torch._higher_order_ops.scan import scan_op  # a prototype of torch's, needed only where a length is a symbol
 
         stored, count = self._stored(lambda: step(states, [x[:, 0] for x in xs])), len(states)
@@ -188,6 +191,23 @@ class EagerOps:
 
         found = scan_op(body, [s.contiguous() for s in states], [x.movedim(1, 0) for x in xs], tuple(stored.values()))
         return list(found[:count]), [y.movedim(0, 1) for y in found[count:]]
+
+    def _either(self, short: Tensor | torch.SymBool | bool, few: Choice[Tensor], many: Choice[Tensor], given: Sequence[Tensor]) -> Tensor:
+        """One of two ways, the choice left to each call."""
+        from torch._higher_order_ops.cond import cond_op  # torch.cond compiles what it runs; here it is traced already
+
+        stored, count = self._stored(lambda: (few(*given), many(*given))), len(given)
+
+        def branch(form: Choice[Tensor]) -> Callable[..., tuple[Tensor]]:
+            def body(*operands: Tensor) -> tuple[Tensor]:
+                made = self._within(stored, operands[count:], lambda: form(*operands[:count]))
+                return (made.clone(memory_format=torch.contiguous_format),)
+
+            return body
+
+        y: Tensor
+        (y,) = cond_op(short, branch(few), branch(many), (*[x.contiguous() for x in given], *stored.values()))
+        return y
 
     def _stored(self, made: Callable[[], object]) -> dict[int, Tensor]:
         """The stored tensors that something is made with, by id."""

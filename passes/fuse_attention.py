@@ -47,6 +47,11 @@ def why_not(graph: Graph, context: Context, region: Region) -> str:
     whole = graph.op(region.nodes[0]) == "attention"
     if whole and (graph.format == "onnx" or context.target.name == "torch"):  # the exporter of torch takes its own apart
         return "already one operation"
+    return not_free(graph, region)
+
+
+def not_free(graph: Graph, region: Region) -> str:
+    """ "" where the region can be replaced and nothing inside it is read elsewhere."""
     inside = {id(node) for node in region.nodes}
     results = {id(port.value) for port in region.outputs if port is not None}
     for node in region.nodes:

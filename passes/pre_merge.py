@@ -18,6 +18,7 @@ from rewriter.algebra import Dense
 from rewriter.fit import after_cost, keep, refusal
 from rewriter.graph import Graph
 from rewriter.operator import AbstractMatrix
+from rewriter.passes.absorb import Absorb
 from rewriter.passes.planning import adapters, chains, siblings
 from rewriter.passes.planning.choice import chosen, said
 from rewriter.passes.planning.forms import dense, products
@@ -34,10 +35,15 @@ class PreMerge(AbstractPass):
     two_forms: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> Iterator[Decision]:
-        for step in (adapters.planned, self._chained, self._judged, self._packed, self._alone):
+        for step in (adapters.planned, self._absorbed, self._chained, self._judged, self._packed, self._alone):
             for decision in step(graph, context):
                 context.decisions[decision.site.id] = decision
                 yield decision
+
+    @staticmethod
+    def _absorbed(graph: Graph, context: Context) -> Iterator[Decision]:
+        """Attention on a latent is a product, too."""
+        return (d for d in Absorb().run(graph, context) if d.rewritten)
 
     def _judged(self, graph: Graph, context: Context) -> Iterator[Decision]:
         matrices = [d for d in context.decisions.values() if isinstance(d.operator, AbstractMatrix) and d.site.kind == "linear"]

@@ -123,13 +123,21 @@ class AbstractMap(AbstractOperator):
     def forms(self) -> tuple[str, ...]:
         """The names of its spellings, the oracle first."""
 
+    def offered(self) -> tuple[str, ...]:
+        """The forms of which a target takes the fastest: all, unless the map itself says which is for what."""
+        return self.forms()
+
+    def lengths(self, tokens: int) -> Mapping[str, int]:
+        """How many there are of each size that varies in a call of `tokens` tokens on one sequence, for what is timed and counted."""
+        return {"batch": 1, "time": tokens, "keys": tokens}
+
     @abc.abstractmethod
     def spelled(self, form: str, ops: AnySequenceOps, *inputs: Any) -> tuple[Any, ...]:
         """The images of the inputs in one form."""
 
     def apply(self, ops: AnySequenceOps, *inputs: Any) -> tuple[Any, ...]:
-        """In the last form, which is the one that is meant to be fast."""
-        return self.spelled(self.forms()[-1], ops, *inputs)
+        """In the last form that is offered, which is the one that is meant to be fast."""
+        return self.spelled(self.offered()[-1], ops, *inputs)
 
     def cost(self, tokens: int = 1) -> Cost:
         """For one sequence of `tokens` tokens: of the last form, or of a recurrence's steps."""

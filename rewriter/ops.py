@@ -183,11 +183,21 @@ class SequenceOps(Ops[V], Protocol[V]):
         """(batch of like, *sizes) zeros."""
         ...
 
+    def attend(self, attention: Any, *inputs: V) -> V:
+        """What an attention of passes/structures gives for its inputs: each target has its own best way."""
+        ...
+
+    def by_length(self, x: V, axis: int, most: int, few: Choice[V], many: Choice[V], given: Sequence[V]) -> V:
+        """few(*given) where `axis` of x has at most `most` entries, else many(*given): two ways to one value, of which a call computes one.
+        What they take besides stored tensors is in `given`."""
+        ...
+
     def recurrence(self, step: Step[V], states: Sequence[V], xs: Sequence[V]) -> tuple[list[V], list[V]]:
         """Scan `step` along axis 1 of every x: (states, slices of xs) -> (states, ys). Gives the last states, and the ys along axis 1."""
         ...
 
 
 Step = Callable[[Sequence[V], Sequence[V]], tuple[Sequence[V], Sequence[V]]]
+Choice = Callable[..., V]
 AnyOps = Ops[Any]
 AnySequenceOps = SequenceOps[Any]

@@ -8,6 +8,7 @@ has to. Importing this module defines the op.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,18 @@ def body(x: Tensor, factors: Sequence[Tensor], spec: str, width: int, name: str)
     return y
 
 
+class TorchOps(EagerOps):
+    """With torch's own operators for what stands inside a map."""
+
+    def attend(self, attention: Any, *inputs: Tensor) -> Tensor:
+        return NATIVE["Attention"](attention, *inputs)[0]
+
+
 def map_body(inputs: Sequence[Tensor], factors: Sequence[Tensor], spec: str, name: str) -> list[Tensor]:
     """The same for a map: by torch's own operator, else in the form that is meant to be fast."""
     operator = unflatten(spec, list(factors))
     native = NATIVE.get(type(operator).__name__)
-    found = native(operator, *inputs) if native else operator.apply(EagerOps(), *inputs)
+    found = native(operator, *inputs) if native else operator.apply(TorchOps(), *inputs)
     # an operator of torch may give no input back, nor one tensor twice
     return [y.clone() if any(y is x for x in inputs) else y for y in found]
 

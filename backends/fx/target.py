@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from rewriter.backend import EmitOptions, Layer, Runner, Whole
 from rewriter.backends.eager import EagerOps
 from rewriter.backends.files.pt2 import load_pt2, save_pt2
-from rewriter.backends.fx.custom_op import MAP, SITE, body, map_body
+from rewriter.backends.fx.custom_op import MAP, SITE, TorchOps, body, map_body
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.interpreter import run
 from rewriter.backends.fx.trace import decomposed
@@ -151,7 +151,8 @@ def _cold(form: AbstractMatrix, spec: str, tokens: int) -> Callable[[], object]:
 
 def _sequence(form: AbstractMap, tokens: int) -> Callable[[], object]:
     """A map on one sequence; softmax attention in torch's own kernel, which is what a program has for it."""
-    shapes = {name: [n if isinstance(n, int) else 1 if n == "batch" else tokens for n in dims] for name, dims in form.inputs().items()}
+    sizes = form.lengths(tokens)
+    shapes = {name: [n if isinstance(n, int) else sizes[n] for n in dims] for name, dims in form.inputs().items()}
     inputs = {name: torch.randn(shape) / 8 for name, shape in shapes.items()}
     inputs |= {name: inputs[name] > -1 for name in form.booleans()}
     if type(form).__name__ == "Attention":
@@ -160,4 +161,4 @@ def _sequence(form: AbstractMap, tokens: int) -> Callable[[], object]:
         options = {"is_causal": own.causal and not masks, "scale": own.scale, "enable_gqa": own.heads != own.shared}
         mask = masks[0] if masks else None
         return functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, mask, **options)
-    return lambda: form.apply(EagerOps(), *inputs.values())
+    return lambda: form.apply(TorchOps(), *inputs.values())

@@ -18,8 +18,15 @@ Way = tuple[Sequence[ir.Node], ir.Value]  # nodes, and the one of their outputs 
 def either(tape: Tape, x: ir.Value, most: int, width: int, few: Way, many: Way) -> ir.Value:
     """`few` where x, whose last axis is `width` long, has at most `most` rows, else `many`."""
     bound = tape.op("Constant", [], {"value_int": most * width})
-    bodies = {branch: ir.Graph([], [value], nodes=nodes, name=branch) for branch, (nodes, value) in zip(BRANCHES, (few, many), strict=True)}
-    return tape.op("If", [tape.op("LessOrEqual", [tape.op("Size", [x]), bound])], bodies)
+    return chosen(tape, tape.op("LessOrEqual", [tape.op("Size", [x]), bound]), few, many)
+
+
+def chosen(tape: Tape, condition: ir.Value, then: Way, other: Way) -> ir.Value:
+    """`then` where a boolean without axes holds, else `other`."""
+    bodies = {
+        branch: ir.Graph([], [value], nodes=nodes, name=branch) for branch, (nodes, value) in zip(BRANCHES, (then, other), strict=True)
+    }
+    return tape.op("If", [condition], bodies)
 
 
 def name_inside(graph: ir.Graph) -> None:

@@ -193,7 +193,7 @@ def body_call(
 
 def examples(operator: AbstractMap, tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
     """Something of the right shape for every input; logarithms of decays are negative."""
-    sizes = {"batch": batch, "time": tokens, "keys": tokens}
+    sizes = {**operator.lengths(tokens), "batch": batch}
     shapes = {name: [n if isinstance(n, int) else sizes[n] for n in dims] for name, dims in operator.inputs().items()}
     found = {name: -torch.rand(shape) if name == "decay" else torch.randn(shape) for name, shape in shapes.items()}
     return {name: x > -1 if name in operator.booleans() else x for name, x in found.items()}

@@ -19,12 +19,12 @@ from rewriter.backends.onnx import nibbles
 from rewriter.backends.onnx.attention import DOMAIN as CONTRIB_DOMAIN
 from rewriter.backends.onnx.contrib import NAME as CONTRIB_NAME
 from rewriter.backends.onnx.contrib import lower, own_lowerings, steady
-from rewriter.backends.onnx.either import Way, either, name_inside
+from rewriter.backends.onnx.either import Way, chosen, either, name_inside
 from rewriter.backends.onnx.opaque import DOMAIN, field_paths, kind, overload
 from rewriter.backends.onnx.scatter import scattered
 from rewriter.backends.onnx.tensors import from_torch
 from rewriter.operator import AbstractMap, Dims, skeleton
-from rewriter.ops import Step
+from rewriter.ops import Choice, Step
 
 Axes = tuple[int | None, ...]
 
@@ -228,12 +228,24 @@ class SequenceOps:
         (first, axes), (second, _) = self._apart(few, x), self._apart(many, x)
         return Sized(either(self.tape, x.value, most, x.axes[-1] or 1, first, second), axes)
 
-    def _apart(self, form: Callable[[Sized], Sized], x: Sized) -> tuple[Way, Axes]:
+    def _apart(self, form: Choice[Sized], *given: Sized) -> tuple[Way, Axes]:
         """The nodes of a body of its own, and the axes of what it gives."""
         outer, self.tape = self.tape, Tape()
-        y = form(x)
+        y = form(*given)
         nodes, self.tape = self.tape.nodes, outer
         return (nodes, y.value), y.axes
+
+    def attend(self, attention: Any, *inputs: Sized) -> Sized:
+        found: Sized = attention.apply(self, *inputs)[0]
+        return found
+
+    def by_length(self, x: Sized, axis: int, most: int, few: Choice[Sized], many: Choice[Sized], given: Sequence[Sized]) -> Sized:
+        size = x.axes[axis]
+        if size is not None:
+            return (few if size <= most else many)(*given)
+        (first, axes), (second, others) = self._apart(few, *given), self._apart(many, *given)
+        short = self._op("Squeeze", self._op("LessOrEqual", self._length(x, axis % len(x.axes)), self._ints(most)))
+        return Sized(chosen(self.tape, short, first, second), tuple(n if n == m else None for n, m in zip(axes, others, strict=True)))
 
     def recurrence(self, step: Step[Sized], states: Sequence[Sized], xs: Sequence[Sized]) -> tuple[list[Sized], list[Sized]]:
         outer, self.tape = self.tape, Tape()
@@ -285,7 +297,7 @@ def lowerings(spec: str, contrib: bool = False, opset: int = 0) -> tuple[str, ..
     """A map's forms, and the backend's own lowerings where it has some that the file may use."""
     operator, _ = skeleton(spec)
     assert isinstance(operator, AbstractMap)
-    return (*operator.forms(), *own_lowerings(kind(spec), contrib, opset))
+    return (*operator.offered(), *own_lowerings(kind(spec), contrib, opset))
 
 
 def axes_of(dims: Dims) -> Axes:

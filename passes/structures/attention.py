@@ -6,7 +6,7 @@ Groups need no copies of K and V: the queries of one group lie above one another
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -56,16 +56,19 @@ class Attention(AbstractMap):
         return ("naive",)
 
     def spelled(self, form: str, ops: AnySequenceOps, *inputs: Any) -> tuple[Any, ...]:
-        given = dict(zip(self.inputs(), inputs, strict=True))
-        query = self._stacked(ops, given["query"], self.shared)
-        scores = ops.contract(query, ops.swap(given["key"]))
+        query, key, value, *masks = inputs
+        return (self.weighed(ops, ops.contract(self.stacked(ops, query), ops.swap(key)), value, masks),)
+
+    def weighed(self, ops: AnySequenceOps, scores: Any, value: Any, masks: Sequence[Any]) -> Any:
+        """From stacked Q K^T (batch, shared, queries of a group, keys) and value (batch, shared, keys, n) on: (batch, heads, time, n)."""
         if self.scale != 1:
             scores = ops.mul(scores, self._number(ops, self.scale, scores))
         if self.causal or self.mask:
-            weights = self._stacked(ops, self._weights(ops, self._stacked(ops, scores, self.heads), given), self.shared)
+            given = dict(zip(list(self.inputs())[3:], masks, strict=True))
+            weights = self.stacked(ops, self._weights(ops, self.apart(ops, scores), given))
         else:
             weights = ops.softmax(scores)
-        return (self._stacked(ops, ops.contract(weights, given["value"]), self.heads),)
+        return self.apart(ops, ops.contract(weights, value))
 
     def _weights(self, ops: AnySequenceOps, scores: Any, given: Mapping[str, Any]) -> Any:
         """(batch, heads, time, keys)."""
@@ -79,12 +82,17 @@ class Attention(AbstractMap):
         weights = ops.softmax(scores)
         return ops.where(given["mask"], weights, self._number(ops, 0.0, weights)) if self.empty == "zero" else weights
 
-    def _stacked(self, ops: AnySequenceOps, x: Any, heads: int) -> Any:
-        return x if self.heads == self.shared else ops.regroup(x, heads)
+    def stacked(self, ops: AnySequenceOps, x: Any) -> Any:
+        """(batch, heads, time, n) -> (batch, shared, queries of a group, n)."""
+        return x if self.heads == self.shared else ops.regroup(x, self.shared)
+
+    def apart(self, ops: AnySequenceOps, x: Any) -> Any:
+        """The inverse of `stacked`."""
+        return x if self.heads == self.shared else ops.regroup(x, self.heads)
 
     @staticmethod
     def _number(ops: AnySequenceOps, number: float, like: Any) -> Any:
-        return ops.literal(torch.tensor([number], dtype=torch.float64), like)
+        return ops.literal(torch.full((1,), number, dtype=torch.float64), like)
 
     @classmethod
     def random(cls, rng: torch.Generator) -> Self:
