@@ -79,7 +79,7 @@ class EagerOps:
         rows = math.prod(x.shape[:-1])
         if not isinstance(rows, torch.SymInt):
             return (few if rows <= most else many)(x)
-        return self._either(rows <= most, few, many, [x])
+        return self._either(rows, most, few, many, [x])
 
     def literal(self, tensor: Tensor, like: Tensor) -> Tensor:
         return tensor.to(like)
@@ -167,8 +167,7 @@ class EagerOps:
         size = x.shape[axis]
         if not isinstance(size, torch.SymInt):
             return (few if size <= most else many)(*given)
-        # as a tensor: torch.export takes every symbol for at least 2, and would decide here and now that there are more
-        return self._either(torch.scalar_tensor(size, dtype=torch.int64) <= most, few, many, given)
+        return self._either(size, most, few, many, given)
 
     def recurrence(self, step: Step[Tensor], states: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if isinstance(xs[0].shape[1], torch.SymInt):
@@ -192,7 +191,7 @@ class EagerOps:
         found = scan_op(body, [s.contiguous() for s in states], [x.movedim(1, 0) for x in xs], tuple(stored.values()))
         return list(found[:count]), [y.movedim(0, 1) for y in found[count:]]
 
-    def _either(self, short: Tensor | torch.SymBool | bool, few: Choice[Tensor], many: Choice[Tensor], given: Sequence[Tensor]) -> Tensor:
+    def _either(self, size: torch.SymInt, most: int, few: Choice[Tensor], many: Choice[Tensor], given: Sequence[Tensor]) -> Tensor:
         """One of two ways, the choice left to each call."""
         from torch._higher_order_ops.cond import cond_op  # torch.cond compiles what it runs; here it is traced already
 
@@ -205,6 +204,8 @@ class EagerOps:
 
             return body
 
+        # as a tensor: torch.export takes every symbol for at least 2, and would decide here and now that there are more
+        short = torch.scalar_tensor(size, dtype=torch.int64) <= most  # type: ignore[arg-type]  # it takes symbols too
         y: Tensor
         (y,) = cond_op(short, branch(few), branch(many), (*[x.contiguous() for x in given], *stored.values()))
         return y

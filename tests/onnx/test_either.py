@@ -24,6 +24,7 @@ from rewriter.backends.onnx.target import OnnxRuntimeTarget
 from rewriter.cost import dense_cost
 from rewriter.graph import load_weight
 from rewriter.operator import AbstractMatrix
+from tests.engine import nets as engine
 from tests.fx.models import BATCH, Net, close, graph, normal, sites
 
 MOST = 15  # of 5, 10, 15, 20 and 35 tokens three counts
@@ -124,3 +125,18 @@ def test_both_forms_are_stored_and_one_is_executed() -> None:
     assert made.cost(MOST).params == made.cost(MOST + 1).params == 8 * 8 + 2 * 8 * 12
     assert made.cost(MOST).flops == factored(w).cost(MOST).flops
     assert made.cost(MOST + 1).flops == dense_cost((12, 8), 4, MOST + 1).flops
+
+
+@pytest.mark.parametrize("target", [TorchTarget(), OnnxRuntimeTarget()], ids=["torch", "onnxruntime"])
+def test_one_token_is_few(tmp_path: Path, target: TorchTarget | OnnxRuntimeTarget) -> None:
+    """No exporter decides ahead of time that there are more."""
+    g = engine.graph(engine.Net(lambda s, x: torch.relu(s.a(x)), a=nn.Linear(8, 12, bias=False)), "x:float32[batch,seq,8]")
+    (site,) = engine.sites(g)
+    w = load_weight(g, site)
+    g.splice(site, ByTokens(factored(w), doubled(w), 1))
+    path = tmp_path / f"m{target.suffix}"
+    target.emit(g, path, OPTIONS)
+    run = target.open(path, 1)
+    for batch, seq in ((1, 1), (1, 2), (2, 1), (3, 5)):
+        x = normal(batch, seq, 8, seed=seq)
+        close(next(iter(run({"x": x}).values())), torch.relu(x @ w.T) * (1 if batch * seq == 1 else 2))
