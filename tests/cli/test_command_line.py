@@ -142,7 +142,7 @@ def test_debug_shows_the_traceback(rewrite: Rewrite, asked: Asked) -> None:
         (["m.pt2", "--report", "."], "--report . cannot be written"),
         (["m.pt2", "--report", "m.pt2"], "would overwrite the model"),
         (["m.pt2", "-o", "x.pt2", "--report", "./x.pt2"], "would overwrite the model"),
-        (["passes", "nonsense"], "unknown pass 'nonsense'; there are: auto"),
+        (["passes", "nonsense"], "unknown pass 'nonsense'; there are: absorb, auto"),
         (["replay", "m.pt2"], "m.pt2 cannot be read as a report"),
     ],
 )
