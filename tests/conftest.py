@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once() -> Iterator[None]:
+    """torch.onnx.export reads its table of operators anew at each call, which takes longer than a small model does."""
+    from torch.onnx._internal.exporter import _constants, _registration
+
+    read, table = _registration.ONNXRegistry.from_torchlib, dict[int, _registration.ONNXRegistry]()
+
+    def copied(opset_version: int = _constants.TORCHLIB_OPSET) -> _registration.ONNXRegistry:
+        if opset_version not in table:
+            table[opset_version] = read(opset_version)
+        found = copy.copy(table[opset_version])
+        found.functions = {target: list(known) for target, known in found.functions.items()}  # a call adds its own
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture
