@@ -86,7 +86,7 @@ class MergeLora(AbstractPass):
         yield from decisions
         if not any(d.rewritten for d in decisions) and any(not s.reason for s in adapters):
             raise RewriteError(f"merge-lora changes nothing: {decisions[0].site.name}: {decisions[0].reason}")
-        yield from factors_gone(graph, context, [d.site for d in decisions if d.part_of])
+        yield from factors_gone(context, [d.site for d in decisions if d.part_of])
 
 
 def merged(graph: Graph, context: Context, site: Site, bases: Bases) -> Decision:
@@ -148,11 +148,11 @@ def stays(earlier: Decision, reason: str) -> Decision:
     return replace(earlier, reason=f"{earlier.reason}; {reason}" if earlier.rewritten else reason)
 
 
-def factors_gone(graph: Graph, context: Context, adapters: Sequence[Site]) -> Iterator[Decision]:
+def factors_gone(context: Context, adapters: Sequence[Site], final: bool = True) -> Iterator[Decision]:
     """The own sites of merged adapters' factors, of which nothing is left."""
     owners = {id(a.weights[key].value): a.name for a in adapters for key in ("down", "up")}
     for site in context.selected:
         owner = owners.get(id(site.weights["weight"].value)) if site.kind == "linear" else None
         earlier = context.decisions.get(site.id)
         if owner is not None and len(site.places) == 1 and not (earlier is not None and earlier.part_of):
-            yield part(site, f"a factor of {owner}", owner, "merged", final=True)
+            yield part(site, f"a factor of {owner}", owner, "merged", final=final)

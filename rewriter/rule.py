@@ -138,9 +138,12 @@ def given_up(decisions: Mapping[str, Decision], decision: Decision, reason: str)
     """The decision, its approximation taken back, and those of the sites that were part of it."""
     if decision.undo is not None:
         return [replace(decision, reason=f"merged whole; {reason}", exact=True, error=0.0, undo=None)]
-    name = decision.site.name
-    parts = [d for d in decisions.values() if d.part_of == name and not d.final]
-    return [decision.kept(reason), *(part.kept(f"{name}, which it was part of, was given up: {reason}") for part in parts)]
+    found = [decision.kept(reason)]
+    for lost in found:  # a part may have parts
+        name = lost.site.name
+        parts = [d for d in decisions.values() if d.part_of == name and not d.final]
+        found += [part.kept(f"{name}, which it was part of, was given up: {reason}") for part in parts]
+    return found
 
 
 def against_dense(tokens: Sequence[int], table: Sequence[tuple[float, float]]) -> str:

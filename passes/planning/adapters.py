@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewriter.algebra import Compose, Dense, Sum
 from rewriter.fit import after_cost, keep, part
-from rewriter.graph import PLAIN, Graph, Site, load_branch, load_matrix
+from rewriter.graph import PLAIN, Graph, Site, load_matrix
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.merge_lora import Base, branch_of, factors_gone, merged, stays
 from rewriter.passes.planning.choice import fastest, ratios
@@ -21,7 +21,7 @@ from rewriter.rule import Context, Decision
 
 def planned(graph: Graph, context: Context) -> Iterator[Decision]:
     """A decision for each adapter, the outermost first, and for what else it changes."""
-    gone, bases = list[Site](), dict[int, Base]()
+    gone, joined, bases = list[Site](), list[Site](), dict[int, Base]()
     for site in [s for s in reversed(context.selected) if s.kind == "adapter"]:
         reduced, base = context.decisions.get(site.id) or keep(site, ""), _base(context, site)
         if reduced.part_of:
@@ -31,15 +31,16 @@ def planned(graph: Graph, context: Context) -> Iterator[Decision]:
             yield stays(reduced, site.reason or str(branch))
             continue
         earlier = context.decisions.get(base.id) if base is not None else None
-        if base is None or earlier is None or not earlier.rewritten:
+        alone = base is None or earlier is None or not earlier.rewritten
+        if earlier is None or alone:
             decisions = [_merged(graph, context, site, branch, bases)]
-        elif reduced.rewritten:
-            decisions = [stays(reduced, f"beside {base.name}, which was rewritten too")]
         else:
-            decisions = list(_joined(graph, context, site, earlier))
-        gone += [site] if decisions[0].part_of else []
+            decisions = list(_joined(graph, context, site, reduced, _branch(branch), earlier))
+        if decisions[0].part_of:
+            (gone if alone else joined).append(site)
         yield from decisions
-    yield from factors_gone(graph, context, gone)
+    yield from factors_gone(context, gone)
+    yield from factors_gone(context, joined, final=False)
 
 
 def _base(context: Context, site: Site) -> Site | None:
@@ -65,27 +66,30 @@ def _branch(factors: tuple[Tensor, Tensor]) -> AbstractMatrix:
     return Compose((Dense(down.T.float().contiguous()), Dense(up.T.float().contiguous())))
 
 
-def _joined(graph: Graph, context: Context, site: Site, earlier: Decision) -> Iterator[Decision]:
+def _joined(graph: Graph, context: Context, site: Site, adapter: Decision, branch: AbstractMatrix, earlier: Decision) -> Iterator[Decision]:
     """With the factors of its base, as one operator where that is faster."""
-    (place,), base = site.places, earlier.site
-    held = earlier.operator
+    base, held = earlier.site, earlier.operator
+    (place,) = site.places
     assert site.region is not None
     apart = len(base.places) != 1 or base.places[0].layout != PLAIN or site.region.inputs[1].value is not base.places[0].y
     if earlier.part_of or not isinstance(held, AbstractMatrix) or isinstance(held, Quantised) or apart or "bias" in site.weights:
-        yield keep(site, f"{base.name} was rewritten, and its adapter cannot be joined to it")
+        yield stays(adapter, f"{base.name} was rewritten, and its adapter cannot be joined to it")
         return
-    forms = sums([held.to(torch.float32), _branch(load_branch(graph, site))])[: None if earlier.exact else -1]  # a fit is not made dense
+    exact = earlier.exact and (adapter.exact or not adapter.rewritten)
+    forms = sums([held.to(torch.float32), branch])[: None if exact else -1]  # a fit is not made dense
     table = context.seconds(forms)
     best = fastest(table)
     if not best:
-        yield keep(site, f"beside {base.name}: as one operator they would be no faster")
+        yield stays(adapter, f"beside {base.name}: as one operator they would be no faster")
         return
     figures = ratios(context.tokens, [row[0] for row in table], [row[best] for row in table])
     assert base.dtype is not None
-    graph.restore(base)
+    for rewritten in (base, *([site] if adapter.rewritten else [])):
+        graph.restore(rewritten)
     whole = replace(base, places=(replace(base.places[0], nodes=(*base.places[0].nodes, *site.region.nodes), y=place.y),), weights={})
     stored = forms[best].to(base.dtype)
     graph.splice(whole, stored, earlier.shift)
+    said = f"{adapter.reason}; part of {base.name}" if adapter.rewritten else f"part of {base.name}"
     reason = f"{earlier.reason}; with its adapter as one operator: {figures}"
-    yield part(site, f"part of {base.name}: {figures}", base.name, "joined", earlier.exact)
-    yield replace(earlier, site=whole, reason=reason, after=after_cost(whole, stored), operator=stored)
+    yield replace(part(site, f"{said}: {figures}", base.name, "joined", exact), before=adapter.before)
+    yield replace(earlier, site=whole, reason=reason, after=after_cost(whole, stored), operator=stored, exact=exact)

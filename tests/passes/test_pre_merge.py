@@ -306,7 +306,24 @@ def test_an_adapter_joins_the_factors_of_its_base(tmp_path: Path, convert: Any) 
     }
     same(g.run(X), before)
     back = {d.site.name: d for d in given_up(c.decisions, found["base"], "enough")}
-    assert set(back) == {"base", "base (adapter)"}
+    assert set(back) == {"base", "base (adapter)", "a", "b"} and not any(d.rewritten for d in back.values())
+    g.restore(found["base"].site)
+    assert all(torch.equal(y, original[name]) for name, y in g.run(X).items())
+
+
+def test_a_reduced_adapter_joins_too(tmp_path: Path) -> None:
+    g = adapted()
+    original, reduced = g.run(X), parse_passes("block-lora:blocks=3,low-rank:rank=4")
+    c = everything(g, tmp_path, target=FakeTarget(lambda form: numbers(form) + 100 * (type(form).__name__ == "Sum")))
+    for step in reduced:
+        for decision in step.run(g, c):
+            c.decisions[decision.site.id] = decision
+    before = g.run(X)
+    found = decide(g, c)
+    operator = found["base"].operator
+    assert isinstance(operator, Compose) and [f.shape for f in operator.factors] == [(5, 24), (24, 5)] and not found["base"].exact
+    assert "rank 1 instead of 3" in found["base (adapter)"].reason and "part of base: " in found["base (adapter)"].reason
+    same(g.run(X), before)
     g.restore(found["base"].site)
     assert all(torch.equal(y, original[name]) for name, y in g.run(X).items())
 
