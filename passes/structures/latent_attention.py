@@ -2,7 +2,8 @@
 
 A cache holds the latent c and the rotated part r, which all heads share. Expanded: K and V first, then attention; what a call of many
 queries wants. Absorbed, for a call of few: q_h K_h^T = (q_h U_h) c^T + q'_h r^T and P V_h = (P c) W_h, so nothing that is as long as the
-cache is computed per head but the scores, and the heads are rows of one product with the latent.
+cache is computed per head but the scores, and the heads are rows of one product with the latent. A latent may serve a group of heads only
+(Palu, arXiv:2407.21118): it then needs fewer numbers for what is computed with it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ CACHED = 2048  # keys before a call's own, where nothing else is said
 
 @dataclass(frozen=True)
 class LatentAttention(AbstractMap):
-    """query (batch, heads, time, nope + rope), latent (batch, 1, keys, rank), rotated (batch, 1, keys, rope) where there is one, memory
-    (batch, 1, keys, rank') where the values have a latent of their own, masks as the attention says -> output (batch, heads, time, width).
+    """query (batch, heads, time, nope + rope), latent (batch, groups, keys, rank), rotated (batch, 1, keys, rope) where there is one,
+    memory (batch, groups, keys, rank') where the values have latents of their own, masks as the attention says -> output (batch, heads,
+    time, width). Each latent serves shared / groups neighbouring heads of keys and values.
 
     Law: absorbed equals expanded, which is the attention of expanded keys and values.
     """
@@ -36,6 +38,7 @@ class LatentAttention(AbstractMap):
     few: int  # queries up to which the absorbed form is used
     joint: bool = True  # keys and values are of one latent
     cached: int = CACHED  # keys before a call's own that its forms are timed and counted with
+    groups: int = 1  # divides the attention's shared
 
     @property
     def rope(self) -> int:
@@ -47,8 +50,8 @@ class LatentAttention(AbstractMap):
         query = of_attention.pop("query")
         masks = {name: dims for name, dims in of_attention.items() if name not in ("key", "value")}
         rotated: dict[str, Dims] = {"rotated": ("batch", 1, "keys", self.rope)} if self.rope else {}
-        memory: dict[str, Dims] = {} if self.joint else {"memory": ("batch", 1, "keys", self.value_up.shape[1])}
-        return {"query": query, "latent": ("batch", 1, "keys", self.key_up.shape[2]), **rotated, **memory, **masks}
+        memory: dict[str, Dims] = {} if self.joint else {"memory": ("batch", self.groups, "keys", self.value_up.shape[1])}
+        return {"query": query, "latent": ("batch", self.groups, "keys", self.key_up.shape[2]), **rotated, **memory, **masks}
 
     def booleans(self) -> tuple[str, ...]:
         return self.attention.booleans()
@@ -80,21 +83,29 @@ class LatentAttention(AbstractMap):
 
     def _expanded(self, ops: AnySequenceOps, *inputs: Any) -> Any:
         query, latent, rotated, memory, masks = self._named(inputs)
-        key = ops.contract(latent, ops.swap(ops.const(self.key_up)))
+        key = self._up(ops, ops.swap(ops.const(self.key_up)), latent)
         if rotated is not None:  # for every head
             key = ops.concat([key, ops.add(rotated, ops.literal(torch.zeros(self.attention.shared, 1, self.rope), rotated))])
-        return ops.attend(self.attention, query, key, ops.contract(memory, ops.const(self.value_up)), *masks)
+        return ops.attend(self.attention, query, key, self._up(ops, ops.const(self.value_up), memory), *masks)
+
+    def _up(self, ops: AnySequenceOps, up: Any, latent: Any) -> Any:
+        """(batch, shared, keys, n) from (shared, rank, n)."""
+        if self.groups == 1:
+            return ops.contract(latent, up)
+        stacked = ops.unfold(ops.swap(up), 1, -1)  # (shared, n, 1, rank)
+        stacked = ops.regroup(ops.swap(ops.swap(stacked, -2, -3), -3, -4), self.groups)  # (1, groups, heads of a group times n, rank)
+        return ops.swap(ops.regroup(ops.contract(stacked, ops.swap(latent)), self.attention.shared))
 
     def _absorbed(self, ops: AnySequenceOps, *inputs: Any) -> Any:
         query, latent, rotated, memory, masks = self._named(inputs)
-        groups, rows = self.attention, replace(self.attention, shared=1)
+        heads, rows = self.attention, replace(self.attention, shared=self.groups)
         nope, *turned = ops.split(query, [self.key_up.shape[1], self.rope]) if self.rope else [query]
-        low = groups.apart(ops, ops.contract(groups.stacked(ops, nope), ops.const(self.key_up)))  # (batch, heads, time, rank)
+        low = heads.apart(ops, ops.contract(heads.stacked(ops, nope), ops.const(self.key_up)))  # (batch, heads, time, rank)
         scores = ops.contract(rows.stacked(ops, low), ops.swap(latent))
         for part in turned:
             scores = ops.add(scores, ops.contract(rows.stacked(ops, part), ops.swap(rotated)))
         mixed = rows.weighed(ops, scores, memory, masks)  # (batch, heads, time, rank')
-        return groups.apart(ops, ops.contract(groups.stacked(ops, mixed), ops.const(self.value_up)))
+        return heads.apart(ops, ops.contract(heads.stacked(ops, mixed), ops.const(self.value_up)))
 
     def _named(self, inputs: Sequence[Any]) -> tuple[Any, Any, Any, Any, Sequence[Any]]:
         given = dict(zip(self.inputs(), inputs, strict=True))

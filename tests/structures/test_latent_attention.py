@@ -31,11 +31,11 @@ from tests.structures.inputs import generator
 MLA = Attention(heads=4, shared=4, key=8, width=3, scale=0.5)
 
 
-def form(attention: Attention = MLA, rank: int = 6, rope: int = 5, memory: int | None = None) -> LatentAttention:
-    """With a latent of its own for values where `memory` is its rank."""
+def form(attention: Attention = MLA, rank: int = 6, rope: int = 5, memory: int | None = None, groups: int = 1) -> LatentAttention:
+    """With latents of their own for values where `memory` is their rank."""
     key_up = torch.randn(attention.shared, attention.key - rope, rank, generator=generator(7))
     value_up = torch.randn(attention.shared, memory or rank, attention.width, generator=generator(8))
-    return LatentAttention(attention, key_up, value_up, few=2, joint=memory is None)
+    return LatentAttention(attention, key_up, value_up, few=2, joint=memory is None, groups=groups)
 
 
 FORMS = {
@@ -43,6 +43,9 @@ FORMS = {
     "without a rotated part": form(rope=0),
     "two latents": form(memory=7),
     "grouped": form(replace(MLA, shared=2)),
+    "a latent for two heads": form(rope=0, memory=7, groups=2),
+    "and rotated, by head": form(groups=4),
+    "and grouped": form(replace(MLA, shared=2, mask=PAIRS), groups=2),
     "causal": form(replace(MLA, causal=True)),
     "added": form(replace(MLA, mask=PAIRS)),
     "two added": form(replace(MLA, mask=KEYS, bias=HEADS)),
@@ -57,11 +60,12 @@ def written_out(own: LatentAttention, query: Tensor, latent: Tensor, *rest: Tens
     """The attention of expanded keys and values."""
     own = own.to(latent.dtype)
     others = list(rest)
-    parts = [torch.einsum("bzsr,hnr->bhsn", latent, own.key_up)]
+    many = own.attention.shared // own.groups
+    parts = [torch.einsum("bhsr,hnr->bhsn", latent.repeat_interleave(many, 1), own.key_up)]
     if own.rope:
         parts.append(others.pop(0).expand(-1, own.attention.shared, -1, -1))
     memory = latent if own.joint else others.pop(0)
-    value = torch.einsum("bzsr,hrv->bhsv", memory, own.value_up)
+    value = torch.einsum("bhsr,hrv->bhsv", memory.repeat_interleave(many, 1), own.value_up)
     return own.attention.apply(EagerOps(), query, torch.cat(parts, -1), value, *others)[0]
 
 
