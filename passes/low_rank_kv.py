@@ -95,10 +95,8 @@ class LowRankKv(AbstractPass):
             found = self._read(graph, site, linears)
             if isinstance(found, Reading):
                 readings.append(found)
-                continue
-            if earlier is not None and earlier.operator is not None:
-                graph.splice(site, earlier.operator)
-            yield earlier if earlier is not None and whole else Decision(site, found)
+            else:
+                yield _kept(graph, context, site, found)
         for reading in list(self._fitted(graph, context, readings)):
             yield from self._decided(graph, context, reading)
 
@@ -155,7 +153,7 @@ class LowRankKv(AbstractPass):
 
     def _decided(self, graph: Graph, context: Context, reading: Reading | Decision) -> Iterator[Decision]:
         if isinstance(reading, Decision):
-            yield reading
+            yield _kept(graph, context, reading.site, reading.reason)
             return
         site = reading.site
         latent = _form(reading, self.cached)
@@ -172,6 +170,15 @@ class LowRankKv(AbstractPass):
             after = swap.siblings[product.site.id].cost()
             yield Decision(product.site, said, site_cost(product.site), after, None, self.name, False, 0.0, part_of=site.name)
         yield Decision(site, reason, dense, per_token(latent, least), latent, self.spelling(), False, max(errors), undo=swap.undo)
+
+
+def _kept(graph: Graph, context: Context, site: Site, reason: str) -> Decision:
+    """One operation again where it was made one."""
+    earlier = context.decisions.get(site.id)
+    if earlier is None or earlier.operator is None:
+        return Decision(site, reason)
+    graph.splice(site, earlier.operator)
+    return earlier
 
 
 def _said(reading: Reading) -> str:

@@ -78,6 +78,7 @@ def part(
     """Some values of the main body; those that are given are taken as they are, and nothing that only they need is computed."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     interpreter = Tapped(program.graph_module, {}, {})
+    interpreter.idle = set()  # nothing is computed but what is wanted
     interpreter.env = {**dict(zip(placeholders, _arguments(program, feeds, trained), strict=True)), **given}
     with torch.set_grad_enabled(trained is not None):
         for value in wanted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,31 @@ def test_attention_that_is_one_operation_already_is_seen_through(read: dict[str,
     close(g.run(given)["logits"], before)
 
 
+@pytest.mark.parametrize("earlier", [(), (FuseAttention(),)])
+def test_of_an_unknown_input_nothing_is_fitted(earlier: tuple[Any, ...], read: dict[str, Graph], tmp_path: Path) -> None:
+    """And what was made one operation is one again."""
+    g = read["llama in onnx"].clone()
+    given = feeds(g)
+    before = g.run(given)["logits"]
+    c = context(g, tmp_path, selected=list(sites(g)), tokens=(1, 16))
+    c.calibration.samples = None
+    for step in (*earlier, LowRankKv()):
+        c.decisions.update({d.site.id: d for d in step.run(g, c)})
+    decision = attention(list(c.decisions.values()))
+    assert decision.reason.startswith("one operation" if earlier else "nothing is known of what its keys and values are made of")
+    assert [g.op(n) for n in g.nodes()].count("structured") == len(earlier)
+    close(g.run(given)["logits"], before)
+
+
+def test_what_was_replaced_can_be_asked_for(read: dict[str, Graph], tmp_path: Path) -> None:
+    g = read["gpt2"].clone()
+    given = feeds(g)
+    product = next(n for n in g.nodes() if g.op(n) == "addmm")
+    (wanted,) = g.part(given, {}, [product])
+    run(g, tmp_path, LowRankKv(rank=RANK, groups=GROUPS))
+    assert torch.equal(g.part(given, {}, [product])[0], wanted)
+
+
 def test_an_earlier_pass_that_rewrote_the_product_comes_first(read: dict[str, Graph], tmp_path: Path) -> None:
     from rewriter.registry import parse_passes
 
@@ -331,3 +358,25 @@ def test_groups_have_the_least_error_of_their_rank() -> None:
         assert found.error == pytest.approx((lost / whole) ** 0.5)
         made = torch.cat([up @ down.T for up, down in zip(found.up.chunk(2), found.down.chunk(2, 1), strict=True)])
         assert made.shape == weight.shape and bool(found.shift.any()) == common
+
+
+def bench() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "bench_decode_attention", Path(__file__).parents[2] / "tools" / "bench_decode_attention.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_bench_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_decode_attention.py", "--quick"])
+    bench().main()
+    assert "192 (0.50)" in capsys.readouterr().out
+
+
+def test_the_bench_prints_nothing_of_what_is_off() -> None:
+    with pytest.raises(SystemExit, match=r"red: at full rank logits are off by 1.0e-01; no figure is printed"):
+        bench().equal(torch.tensor([1.0, 1.1]), torch.ones(2))
