@@ -232,16 +232,16 @@ def _tokens(graph: Graph, x: Value) -> Value | None:
 
 
 def _fit(graph: Graph, reading: Reading, side: str, moments: Moments | None) -> Grouped | str:
-    cache, form = reading.caches[side], reading.form
+    cache = reading.caches[side]
     weight = usable_weight(graph, cache.site)
     if isinstance(weight, str):
         return f"{cache.site.name}: {weight}"
     if moments is None:
         return "nothing is known of what its keys and values are made of (no samples reach it): a fit would be blind"
     bias, index = _bias(graph, cache.site), cache.rows.flatten()
-    hidden = form.boolean and form.hidden > -torch.inf  # a score that a shift of the others would be seen beside
     own = None if bias is None else bias[index]
-    return grouped(weight[index], own, moments, reading.groups, reading.ranks[side], common=side == "values" or hidden)
+    # a softmax drops what all keys have in common: hidden ones score far below any other
+    return grouped(weight[index], own, moments, reading.groups, reading.ranks[side], common=side == "values")
 
 
 def _bias(graph: Graph, site: Site) -> Tensor | None:

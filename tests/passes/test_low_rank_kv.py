@@ -259,6 +259,7 @@ class Decoder(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.step, self.query, self.key, self.value = step, *(nn.Linear(12, 6) for _ in range(3))
+        self.other = nn.Linear(6, 6)
 
     def heads(self, y: Tensor) -> Tensor:
         return y.unflatten(-1, (2, 3)).transpose(1, 2)
@@ -282,6 +283,18 @@ def shared(self: Decoder, q: Tensor, key: Tensor, value: Tensor, k: Tensor, v: T
     return y, k, v, F.scaled_dot_product_attention(q * 2, k, v)
 
 
+def past_read(self: Decoder, q: Tensor, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return *plain(self, q, key, value, k, v), v.sum(2)
+
+
+def computed_bias(self: Decoder, q: Tensor, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return plain(self, q, key, F.linear(value.relu(), self.other.weight, q.sum((0, 1, 2)).repeat(2)), k, v)
+
+
+def another_axis(self: Decoder, q: Tensor, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return plain(self, q, key, self.other(value.unsqueeze(1).relu())[:, 0], k, v)
+
+
 def kept_inside(self: Decoder, q: Tensor, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return plain(self, q, key, value, k, v)[:1]
 
@@ -302,6 +315,9 @@ CASES: dict[Callable[..., tuple[Any, ...]], str] = {
     plain: "",
     cut: "its keys are no cache that is an input and an output of the model",
     shared: "its keys are a cache that is read elsewhere, too",
+    past_read: "its values are a cache that is read elsewhere, too",
+    computed_bias: "the bias of other is computed",
+    another_axis: "what other multiplies is not of batch, tokens and features",
     kept_inside: "its keys are no cache that is an input and an output of the model",
     product_read: "what value gives is used for more than its keys, values and queries",
     squared: f"its values are {BETWEEN}",
