@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rewriter
+from rewriter import compare
 from rewriter.backend import EmitOptions
 from rewriter.backends.files.flat import PAST, PRESENT
 from rewriter.backends.files.onnx_file import save_onnx
 from rewriter.backends.fx.target import TorchTarget
 from rewriter.backends.onnx.target import OnnxRuntimeTarget
 from rewriter.calibrate import Samples
-from rewriter.compare import verify
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.inputs import InputSpec
@@ -147,8 +147,18 @@ def test_a_file_decodes_the_same_tokens(read: dict[str, Graph], tmp_path: Path, 
     (note,) = [note for note in result.report.notes if "the cache has other sizes" in note]
     assert "192 bytes a token are 80 now" in note and f"{PAST}0_keys [batch,4,past,6] is [batch,2,past,5]" in note
     decodes(targets()["onnxruntime"]().open(result.path, 1), read["gpt2"])
-    found, code = verify(str(tmp_path / "dense.onnx"), str(result.path), Options(samples=4, dims="past=3,seq=2"))
+    found, code = compare.verify(str(tmp_path / "dense.onnx"), str(result.path), Options(samples=4, dims="past=3,seq=2"))
     assert (found.output, code) == ("logits", 0) and found.estimate < EQUAL[torch.float32][0]
+
+
+@pytest.mark.slow
+def test_models_of_other_caches_are_timed_side_by_side(read: dict[str, Graph], tmp_path: Path) -> None:
+    result = rewritten(read["gpt2 in onnx"], tmp_path, f"low-rank-kv:rank={RANK}:groups={GROUPS}")
+    options = Options(tokens="1", dims="past=16,seq=1", samples=4)
+    (found,) = compare.bench(str(tmp_path / "dense.onnx"), [str(result.path)], options, errors=True).contenders
+    (row,) = found.rows
+    assert row.rewritten_seconds is not None and row.predicted_seconds is not None, row.note
+    assert found.error is not None and found.error.estimate < EQUAL[torch.float32][0]
 
 
 def test_a_program_decodes_the_same_tokens(read: dict[str, Graph], tmp_path: Path) -> None:
