@@ -6,9 +6,8 @@ and the number of queries decides in each call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import ClassVar
 
 from rewriter.cost import Cost
@@ -17,8 +16,9 @@ from rewriter.fit import site_cost
 from rewriter.graph import Graph, Site
 from rewriter.passes.detect.latent import read
 from rewriter.passes.fuse_attention import not_free
+from rewriter.passes.planning.absorbed import fastest, per_token, where
 from rewriter.passes.structures.attention import Attention
-from rewriter.passes.structures.latent_attention import ALWAYS, CACHED, LatentAttention
+from rewriter.passes.structures.latent_attention import CACHED
 from rewriter.rule import AbstractPass, Context, Decision
 
 
@@ -60,36 +60,14 @@ class Absorb(AbstractPass):
         if isinstance(found, str) or reason:
             return Decision(site, reason)
         form = replace(found.form, cached=self.cached)
-        tokens = sorted(context.tokens)
-        table = [context.target.measure(_forms(form), count, context.threads) for count in tokens]
-        faster = list(takewhile(lambda row: _saved(row) > 0, table))
-        figures = "; ".join(
-            f"{1e3 * after:.3f} ms against {1e3 * before:.3f} ms expanded at T={count}"
-            for count, (_, _, before, after) in zip(tokens, table, strict=True)
-        )
-        before = Cost(0, per_token(form, tokens[0]).flops, 0)  # the product that expands has the weights
-        if not faster:
+        few, figures = fastest(context, form)
+        least = min(context.tokens)
+        before = Cost(0, per_token(form, least).flops, 0)  # the product that expands has the weights
+        if not few:
             said = f"absorbing a latent of {form.key_up.shape[2]} is not faster after {self.cached} tokens: {figures}"
             return Decision(site, said, before, before)
-        form = replace(form, few=ALWAYS if len(faster) == len(tokens) else tokens[len(faster) - 1])
-        where = "in every call" if form.few == ALWAYS else f"up to T={form.few}, expanded above"
+        form = replace(form, few=few)
         graph.splice(replace(site, form=form, region=found.region), form)
         products[id(found.product)] = site
-        said = f"a latent of {form.key_up.shape[2]} absorbed {where}; after {self.cached} tokens {figures}"
-        return Decision(site, said, before, per_token(form, tokens[0]), form, self.name, True, 0.0)
-
-
-def _forms(form: LatentAttention) -> Sequence[LatentAttention]:
-    """Expanded and absorbed, on an empty cache and on one that is not."""
-    return [replace(form, few=few, cached=cached) for cached in (0, form.cached) for few in (0, ALWAYS)]
-
-
-def _saved(seconds: Sequence[float]) -> float:
-    """By absorbing, over both caches."""
-    return seconds[0] - seconds[1] + seconds[2] - seconds[3]
-
-
-def per_token(form: LatentAttention, tokens: int) -> Cost:
-    """Of a call of as many on a cache."""
-    cost = form.cost(tokens)
-    return Cost(cost.params, cost.flops // tokens, cost.nbytes)
+        said = f"a latent of {form.key_up.shape[2]} absorbed {where(few)}; after {self.cached} tokens {figures}"
+        return Decision(site, said, before, per_token(form, least), form, self.name, True, 0.0)

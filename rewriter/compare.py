@@ -11,6 +11,7 @@ from typing import Any
 
 from rewriter import sampling
 from rewriter.backend import Runner, Target
+from rewriter.caches import Change, changes, whole
 from rewriter.cost_model import Base
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
@@ -26,12 +27,15 @@ def verify(a: str, b: str, options: Options) -> tuple[OutputError, int]:
     """How far B's outputs are from A's, on --data or invented inputs."""
     first, second = open_model(a, options), open_model(b, options)
     _same_interface(first.graph, second.graph)
+    resized = changes(first.graph.specs(), second.graph.specs())
+    if resized:
+        first = dataclasses.replace(first, sizes=whole(first.specs, first.sizes))
     samples = _samples(first, options)
     metric = load_metric(options.metric)
-    found = certify(first.graph.run, second.graph.run, samples, options.max_error, metric, options.precision)
+    found = certify(first.graph.run, second.graph.run, samples, options.max_error, metric, options.precision, resized=resized)
     if options.data is not None:
         surrogate = sampling.surrogate(first, options.seed)
-        found = dataclasses.replace(found, beside=beside(first.graph.run, second.graph.run, surrogate, found.output))
+        found = dataclasses.replace(found, beside=beside(first.graph.run, second.graph.run, surrogate, found.output, resized))
     return found, 3 if options.max_error is not None and found.upper > options.max_error else 0
 
 
@@ -62,10 +66,12 @@ def bench(a: str, others: Sequence[str], options: Options, errors: bool = False)
         place = Path(folder)
         path, dense = _emitted(first, target, place / f"a{target.suffix}", options)
         reference = Reference.of(target, path, options.threads)
-        samples = _samples(first, options) if errors else None
+        resized = [changes(first.graph.specs(), other.graph.specs()) for other in rest]
+        sizes = whole(first.specs, first.sizes) if any(resized) else first.sizes
+        samples = _samples(dataclasses.replace(first, sizes=sizes), options) if errors else None
 
-        def error(runner: Runner | None) -> OutputError | None:
-            return None if samples is None or runner is None else certify(first.graph.run, runner, samples)
+        def error(runner: Runner | None, changed: Sequence[Change] = ()) -> OutputError | None:
+            return None if samples is None or runner is None else certify(first.graph.run, runner, samples, resized=changed)
 
         explicit = parse_dims(options.dims) if options.dims else {}
         feeds = batches(first.graph, first.specs, explicit, options.token_counts)
@@ -74,8 +80,8 @@ def bench(a: str, others: Sequence[str], options: Options, errors: bool = False)
         for i, (name, source) in enumerate(zip(others, rest, strict=True)):
             path, rewritten = _emitted(source, target, place / f"b{i}{target.suffix}", options)
             runner = target.open(path, options.threads)
-            rows = latencies(reference, runner, feeds, options.token_counts)
-            found.append(Contender(name, base.predicted(rows, rewritten), error(runner)))
+            rows = latencies(reference, runner, feeds, options.token_counts, resized[i])
+            found.append(Contender(name, base.predicted(rows, rewritten), error(runner, resized[i])))
         return Comparison(found, error(reference.int8))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from rewriter import registry
 from rewriter.algebra import Dense
 from rewriter.backend import Layer, Runner, Target, Whole
+from rewriter.caches import fitted
 from rewriter.graph import Graph, Site, Value
 from rewriter.latency import Batch
 from rewriter.operator import AbstractMatrix, flatten, skeleton
@@ -56,7 +57,8 @@ class Base:
         try:
             if i not in self._layers:
                 self._layers[i] = self.target.layers(self.graph, self._sites, batch)
-            before, after = self._layers[i], self.target.layers(other, sites, batch)
+            own = fitted(batch, other.specs(), drawn=True)
+            before, after = self._layers[i], self.target.layers(other, sites, own)
             whole = Whole(" ".join([self._key, *(f"{name} {list(x.shape)}" for name, x in batch.items())]), partial(self.run, batch))
             share = _share(after - before, before - after, whole, row.threads, self.target)
         except Exception as problem:  # a layer that does not run alone is no reason to lose what was measured

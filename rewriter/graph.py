@@ -168,7 +168,8 @@ class Graph(Protocol):
 
     def attributes(self, node: Node) -> Mapping[str, Any]:
         """Normalised: einsum equation; gemm alpha beta trans_a trans_b; addmm alpha beta; conv strides pads dilations groups; transpose
-        axes; softmax axis; scalars, of add mul where … the plain numbers among the operands; scalar, of fill the value; attention scale
+        axes; softmax axis; axes, of shape those whose sizes it
+        gives; scalars, of add mul where … the plain numbers among the operands; scalar, of fill the value; attention scale
         (None: the default) causal heads shared (of inputs without an axis for them) empty (see Attention) beyond (why it is more); weights,
         of rnn lstm gru how many operands after x are matrices or biases."""
         ...
@@ -255,6 +256,11 @@ class Graph(Protocol):
 
     def skip(self, value: Value, kept: Value) -> None:
         """What reads `value` reads `kept`, which is there before it, from here on. There is no way back."""
+        ...
+
+    def recache(self, past: Value, present: Value, heads: int, width: int) -> None:
+        """A cache's input `past`, its output `present` and what lies between are (batch, heads, length, width) from here on; what a call
+        puts in has these sizes already. `run` and `part` take an empty cache of other sizes, too. Undone by the sizes before."""
         ...
 
     def restore(self, site: Site) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rewriter.backend import Target
+from rewriter.caches import Change, changes
 from rewriter.calibrate import Feeds
 from rewriter.graph import Graph, Site
 from rewriter.options import Options
@@ -39,6 +40,11 @@ class Job:
     def reference(self, feeds: Feeds) -> Mapping[str, Tensor]:
         """The model as it was given."""
         return self.source.graph.run(feeds)  # type: ignore[no-any-return]
+
+    @property
+    def resized(self) -> list[Change]:
+        """Caches of other sizes than they had."""
+        return changes(self.source.graph.specs(), self.graph.specs())
 
     @property
     def lossy(self) -> list[Decision]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rewriter.backend import Runner, Target
+from rewriter.caches import Change, fitted
 from rewriter.errors import RewriteError
 from rewriter.graph import Graph
 from rewriter.inputs import InputSpec, dim_names
@@ -47,9 +48,12 @@ class Reference:
             return cls(runner, None, f"no int8 figure: {error}", threads)
 
 
-def latencies(reference: Reference, rewritten: Runner, feeds: Sequence[Batch], tokens: Sequence[int]) -> list[Latency]:
-    """One row for each token count and its batch; what could not be had is None, with a note."""
-    return [_row(reference, rewritten, batch, count) for batch, count in zip(feeds, tokens, strict=True)]
+def latencies(
+    reference: Reference, rewritten: Runner, feeds: Sequence[Batch], tokens: Sequence[int], resized: Sequence[Change] = ()
+) -> list[Latency]:
+    """One row for each token count and its batch; what could not be had is None, with a note. Caches of other sizes are as long."""
+    specs = [change.after for change in resized]
+    return [_row(reference, rewritten, batch, count, specs) for batch, count in zip(feeds, tokens, strict=True)]
 
 
 def batches(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, int], tokens: Sequence[int]) -> list[Batch]:
@@ -68,14 +72,14 @@ def feeds_at(graph: Graph, specs: Sequence[InputSpec], explicit: Mapping[str, in
         return str(error)
 
 
-def _row(reference: Reference, rewritten: Runner, feeds: Batch, tokens: int) -> Latency:
+def _row(reference: Reference, rewritten: Runner, feeds: Batch, tokens: int, resized: Sequence[InputSpec]) -> Latency:
     from rewriter.timing import interleave
 
     int8, empty = reference.int8, Latency(tokens, reference.threads, None, None, None, None, None)
     if isinstance(feeds, str):
         return Latency(**{**vars(empty), "note": feeds})
-    runners = [reference.dense, rewritten, *([int8] if int8 else [])]
-    calls: list[Callable[[], object]] = [lambda r=r: r(feeds) for r in runners]  # type: ignore[misc]
+    runners, own = [reference.dense, rewritten, *([int8] if int8 else [])], fitted(feeds, resized, drawn=True)
+    calls: list[Callable[[], object]] = [lambda r=r: r(own if r is rewritten else feeds) for r in runners]  # type: ignore[misc]
     try:
         timing = interleave(calls, seconds=SECONDS, again=True)
     except Exception as error:  # a model that does not take this length is no reason to lose the run

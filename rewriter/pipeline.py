@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewriter import registry, sampling
+from rewriter import caches, registry, sampling
 from rewriter.backend import EmitOptions, Target
 from rewriter.cache import FitCache
 from rewriter.calibrate import Calibration
@@ -132,6 +132,8 @@ def _prepare(model: Any, options: Options, data: Any, passes: Sequence[AbstractP
     passes = [*_reduction(options), *passes]
     source = open_model(model, options)
     target = target_of(options, source, options.out)
+    if any(step.whole for step in passes):
+        source = dataclasses.replace(source, sizes=caches.whole(source.specs, source.sizes))
     graph = source.graph.clone()
     sites = registry.sites(graph)
     selected, out = select(sites, options.include, options.exclude)
@@ -253,14 +255,16 @@ def _why_nothing(job: Job) -> str:
 
 def _certificate(job: Job, run: Run) -> OutputError:
     options = job.options
-    return certify(job.reference, run, job.samples.held_out, options.max_error, load_metric(options.metric), options.precision)
+    metric, bound = load_metric(options.metric), options.max_error
+    return certify(job.reference, run, job.samples.held_out, bound, metric, options.precision, resized=job.resized)
 
 
 def _with_surrogate(job: Job, run: Run, error: OutputError) -> OutputError:
     """Beside the figure on the user's data, the one on invented inputs: how much hangs on the law."""
     if job.samples.calibration.invented:
         return error
-    return dataclasses.replace(error, beside=beside(job.reference, run, sampling.surrogate(job.source, job.options.seed), error.output))
+    made_up = sampling.surrogate(job.source, job.options.seed)
+    return dataclasses.replace(error, beside=beside(job.reference, run, made_up, error.output, job.resized))
 
 
 def _emit(job: Job, out: Path | None) -> Result:
@@ -300,7 +304,7 @@ def _emitted(job: Job, out: Path | None, scratch: tempfile.TemporaryDirectory[st
             if options.timing:
                 reference, after = Reference.of(job.target, dense, options.threads), job.target.open(emitted, options.threads)
                 feeds = batches(job.graph, job.source.specs, explicit, options.token_counts)
-                rows = latencies(reference, after, feeds, options.token_counts)
+                rows = latencies(reference, after, feeds, options.token_counts, job.resized)
         failure = not_smaller(rows, nbytes, job, len(provenance["report"].encode()))
         shutil.rmtree(folder / "dense")
     report = _report(job, error, rows, nbytes, planned=False)
@@ -340,7 +344,7 @@ def _report(job: Job, error: OutputError | None, rows: list[Latency], nbytes: di
         versions=versions(),
         seconds=round(time.perf_counter() - job.begin, 3),
         recipe=job.options.to_recipe(),
-        notes=job.notes,
+        notes=[*job.notes, *([caches.said(job.resized)] if job.resized else [])],
         adapters=list(source.placed),
         nbytes=nbytes,
     )

@@ -41,7 +41,8 @@ class Decision:
     shift: Tensor | None = None  # what the bias gained
     part_of: str = ""  # the site whose operator, or weight, does this one's work too
     final: bool = False  # of a part: there is no way back, whatever becomes of that site
-    undo: Callable[[Graph, bool], None] | None = None  # of what changed a weight: whether it is to be exact, so that a bound may ask for it
+    # of what `restore` does not undo: whether it is to be exact, so that a bound may ask for it
+    undo: Callable[[Graph, bool], None] | None = None
 
     @property
     def rewritten(self) -> bool:
@@ -66,7 +67,8 @@ class Decision:
 
     def kept(self, reason: str) -> Decision:
         """The same site, given up."""
-        return replace(self, reason=reason, after=self.before, operator=None, structure="", exact=False, error=None, shift=None, part_of="")
+        gone = replace(self, operator=None, structure="", exact=False, error=None, shift=None, part_of="", undo=None)
+        return replace(gone, reason=reason, after=self.before)
 
 
 @dataclass
@@ -113,6 +115,7 @@ class AbstractPass(abc.ABC):
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for `rewrite passes`
     two_forms: ClassVar[bool] = False  # see Context
+    whole: ClassVar[bool] = False  # its samples are whole sequences, whose caches are empty
     kinds: ClassVar[dict[str, type[AbstractPass]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -136,7 +139,7 @@ class AbstractPass(abc.ABC):
 
 def given_up(decisions: Mapping[str, Decision], decision: Decision, reason: str) -> list[Decision]:
     """The decision, its approximation taken back, and those of the sites that were part of it."""
-    if decision.undo is not None:
+    if decision.undo is not None and decision.operator is None:
         return [replace(decision, reason=f"merged whole; {reason}", exact=True, error=0.0, undo=None)]
     found = [decision.kept(reason)]
     for lost in found:  # a part may have parts

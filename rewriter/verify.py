@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rewriter.caches import Change, fitting, follows
 from rewriter.calibrate import Feeds, Samples, padding_mask
 from rewriter.errors import RewriteError
 from rewriter.report import Beside, OutputError
@@ -75,6 +76,7 @@ class _Comparison:
     reference: Run
     rewritten: Run
     metric: tuple[str, Metric] | None = None
+    resized: Sequence[Change] = ()
     tallies: dict[str, _Tally] = field(default_factory=dict)
     scores: dict[int, list[float]] = field(default_factory=dict)  # of the metric, by replication
 
@@ -83,6 +85,8 @@ class _Comparison:
             mask, dense, other = padding_mask(batch), self.reference(batch), self.rewritten(batch)
             for name, value in dense.items():
                 if other[name].shape != value.shape:
+                    if follows(value, other[name], self.resized):
+                        continue
                     raise RewriteError(
                         f"output '{name}' changed its shape: {list(value.shape)} became {list(other[name].shape)}; the rewrite is wrong"
                     )
@@ -114,13 +118,15 @@ def certify(
     metric: tuple[str, Metric] | None = None,
     precision: float | None = None,
     output: str | None = None,
+    resized: Sequence[Change] = (),
 ) -> OutputError:
-    """The certificate of the worst float output (or of `output`); RewriteError where shapes differ or nothing can be compared.
+    """The certificate of the worst float output (or of `output`); RewriteError where shapes differ or nothing can be compared. Outputs of
+    caches that the rewritten model has in other sizes are left out.
 
     Given samples are all used. Replications are doubled until the half width is at most `precision` times the estimate and the bound lies
     outside the interval, or their cap is reached.
     """
-    pair = _Comparison(reference, rewritten, metric)
+    pair = _Comparison(reference, fitting(rewritten, resized), metric, resized)
     if isinstance(samples, Samples):
         pair.add(samples.batches, GIVEN)
         found = pair.found(samples.law, bound, output)
@@ -146,11 +152,11 @@ def _undecided(found: OutputError) -> bool:
     return found.bound is not None and found.estimate - found.half_width <= found.bound < found.upper
 
 
-def beside(reference: Run, rewritten: Run, samples: Replicated, output: str) -> Beside:
+def beside(reference: Run, rewritten: Run, samples: Replicated, output: str, resized: Sequence[Change] = ()) -> Beside:
     """The same output's error on invented inputs, from the first round alone; nulls and a note where a model does not take them."""
     small = replace(samples, cap=0)
     try:
-        found = certify(reference, rewritten, small, output=output)
+        found = certify(reference, rewritten, small, output=output, resized=resized)
     except Exception as error:  # made-up inputs that a model refuses say nothing against it
         said = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         return Beside(samples.law, None, None, None, None, 0, 0, f"the models were not compared on invented inputs ({said})")

@@ -36,6 +36,22 @@ def call(graph: Graph, mode: FakeTensorMode, target: Any, *args: Any, like: Node
     return node
 
 
+def resize(mode: FakeTensorMode, past: Node, present: Node, heads: int, width: int) -> None:
+    """A cache (batch, heads, length, width) of these sizes, from the input to the output."""
+    with mode:
+        fake = past.meta["val"]
+        past.meta["val"] = fake.new_empty((fake.shape[0], heads, fake.shape[2], width))
+    moved = {past}
+    for node in past.graph.nodes:
+        if moved.intersection(node.all_input_nodes) and isinstance(node.meta.get("val"), Tensor):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with mode:
+                node.meta["val"] = node.target(*args, **kwargs)
+            moved.add(node)
+        if node is present:
+            return
+
+
 def features(call: Callable[..., Node], x: Node, layout: Layout) -> Node:
     """The features of x along its last axis."""
     if layout.before:

@@ -27,6 +27,7 @@ from rewriter.backends.fx.custom_op import MAP, SITE
 from rewriter.backends.fx.interpreter import part, run
 from rewriter.backends.fx.trace import copy_inputs_that_leave, decomposed, settle_attention
 from rewriter.cache import fingerprint
+from rewriter.caches import fitted
 from rewriter.errors import RewriteError
 from rewriter.graph import Loop, Place, Region, Site
 from rewriter.inputs import InputSpec
@@ -49,6 +50,7 @@ class FxGraph:
         self._own: dict[str, list[str]] = {}  # site id -> what `splice` stored for it: factors, then biases
         self._trained: dict[str, list[str]] = {}
         self._found: dict[Graph, Body] | None = None
+        self._recached: list[InputSpec] = []
 
     @classmethod
     def of(cls, program: ExportedProgram) -> Self:
@@ -261,6 +263,11 @@ class FxGraph:
         value.replace_all_uses_with(kept)
         self._settle()
 
+    def recache(self, past: Node, present: Node, heads: int, width: int) -> None:
+        edit.resize(self.mode, past, present, heads, width)
+        self._recached = self.specs()
+        self._settle()
+
     def restore(self, site: Site) -> None:
         self._trained.pop(site.id, None)
         for old, new in self._spliced.pop(site.id):
@@ -286,7 +293,7 @@ class FxGraph:
         """Drop unused nodes and then unused parameters, but not those that wait for a restore."""
         for body in reversed(list(self._bodies.values())):
             for node in reversed(body.module.graph.nodes):  # fx's own sweep enters nested bodies without asking what waits
-                if not node.users and node not in waiting and (not node.is_impure() or self._says_nothing(node)):
+                if not node.users and node not in waiting and (not node.is_impure(impure_random=False) or self._says_nothing(node)):
                     body.module.graph.erase_node(node)
             if body.call is not None and str(body.call.target) == "cond":
                 edit.drop_unused_operands(body)
@@ -301,12 +308,12 @@ class FxGraph:
     def run(
         self, feeds: Mapping[str, Tensor], taps: Mapping[Node, Callable[[Tensor], None]] | None = None, grad: bool = False
     ) -> dict[str, Tensor]:
-        taps = {self._current(value): call for value, call in (taps or {}).items()}
+        taps, feeds = {self._current(value): call for value, call in (taps or {}).items()}, fitted(feeds, self._recached)
         with self._failures():
             return dict(zip(self._output_names, run(self.program, feeds, taps, trained=self._learning(grad)), strict=True))
 
     def part(self, feeds: Mapping[str, Tensor], given: Mapping[Node, Tensor], wanted: Sequence[Node], grad: bool = False) -> list[Tensor]:
-        known = {self._current(value): tensor for value, tensor in given.items()}
+        known, feeds = {self._current(value): tensor for value, tensor in given.items()}, fitted(feeds, self._recached)
         with self._failures():
             return part(self.program, feeds, known, [self._current(value) for value in wanted], self._learning(grad))
 
@@ -385,7 +392,7 @@ class FxGraph:
             constants=dict(program.constants),
         )
         graph = FxGraph(copied)
-        graph._words = self._words
+        graph._words, graph._recached = self._words, self._recached
         return graph
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from rewriter.backends.fx.custom_op import MAP, SITE, body, map_body
 from rewriter.errors import RewriteError
@@ -24,14 +24,18 @@ PLAIN: dict[Any, Callable[..., Any]] = {SITE: body, MAP: map_body}
 
 
 class Tapped(Interpreter):
-    """An interpreter that shows tapped values as they are computed, and runs swapped nodes another way (from their first operand)."""
+    """An interpreter that shows tapped values as they are computed, and runs swapped nodes another way (from their first operand). What
+    was replaced and waits for a restore is not computed: it may not even fit what is there now."""
 
     def __init__(self, module: GraphModule, taps: Taps, swaps: Swaps) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.extra_traceback = False  # errors are ours to say
         self.taps, self.swaps = taps, swaps
+        self.idle = _idle(module.graph, taps)
 
     def run_node(self, n: Node) -> Any:
+        if n in self.idle:
+            return None
         value = self.swaps[n](self.env[n.args[0]]) if n in self.swaps else super().run_node(n)  # type: ignore[index]
         if n in self.taps:
             self.taps[n](value)
@@ -42,6 +46,16 @@ class Tapped(Interpreter):
             predicate, yes, no, given = args
             return Tapped(yes if bool(predicate) else no, self.taps, self.swaps).run(*given)
         return PLAIN[target](*args) if target in PLAIN else super().call_function(target, args, kwargs)
+
+
+def _idle(graph: Graph, taps: Taps) -> set[Node]:
+    """Calls that nothing needs, nor what is said of their types."""
+    needed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        says = node.target is torch.ops.aten._assert_tensor_metadata.default
+        if node.op != "call_function" or node in needed or node in taps or (node.is_impure(impure_random=False) and not says):
+            needed.update([node, *node.all_input_nodes])
+    return {node for node in graph.nodes if node not in needed}
 
 
 def run(
@@ -64,6 +78,7 @@ def part(
     """Some values of the main body; those that are given are taken as they are, and nothing that only they need is computed."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     interpreter = Tapped(program.graph_module, {}, {})
+    interpreter.idle = set()  # nothing is computed but what is wanted
     interpreter.env = {**dict(zip(placeholders, _arguments(program, feeds, trained), strict=True)), **given}
     with torch.set_grad_enabled(trained is not None):
         for value in wanted:

@@ -218,6 +218,7 @@ _OPTIONS: dict[str, Callable[[Node], dict[str, Any]]] = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "pow", "where", "masked_fill"), _scalars),
     "fill": _fill,
     "zeros": lambda node: {"scalar": 0.0},
+    "shape": lambda node: {"axes": (node.args[1],)},
     "transpose": _transpose,
     "softmax": lambda node: {"axis": node.args[1]},
     "safe_softmax": lambda node: {"axis": node.args[1]},

@@ -108,6 +108,19 @@ def stand_in(
     return as_before(tape, place.layout, total.add(tape, value, bias, place.bias_scale), len(shape))
 
 
+def resize(past: ir.Value, present: ir.Value, heads: int, width: int) -> None:
+    """A cache (batch, heads, length, width) of these sizes, from the input to the output, what is put into it along with it."""
+    stack = [present]
+    while stack:
+        value = stack.pop()
+        if value.is_initializer() or value.shape is None or len(value.shape) != 4:
+            continue
+        value.shape = ir.Shape([value.shape[0], heads, value.shape[2], width])
+        node = value.producer()
+        if value is not past and node is not None and node.op_type in ("Concat", "Identity", "Cast"):
+            stack += [v for v in node.inputs if v is not None]
+
+
 def features(tape: Tape, layout: Layout, x: ir.Value, width: int) -> tuple[ir.Value, list[object]]:
     """The features of x along its last axis, and its shape then."""
     value, shape = x, list[object](x.shape or ())

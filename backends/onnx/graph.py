@@ -19,12 +19,13 @@ from torch import Tensor
 from rewriter.backends.onnx import fingerprint, loops, names, region
 from rewriter.backends.onnx.compute import compute
 from rewriter.backends.onnx.constants import Constants
-from rewriter.backends.onnx.edit import Bias, Names, as_before, features, stand_in, store, store_factors
+from rewriter.backends.onnx.edit import Bias, Names, as_before, features, resize, stand_in, store, store_factors
 from rewriter.backends.onnx.normal import LEAST_OPSET, normalised
 from rewriter.backends.onnx.opaque import DOMAIN, VERSION, is_opaque, spec_of
 from rewriter.backends.onnx.run import Part, Tapped, no_gradients
 from rewriter.backends.onnx.shapes import infer
 from rewriter.backends.onnx.tensors import from_torch, torch_dtype
+from rewriter.caches import fitted
 from rewriter.errors import RewriteError
 from rewriter.graph import Loop, Place, Region, Site
 from rewriter.inputs import InputSpec
@@ -61,6 +62,7 @@ class OnnxGraph:
         self._inferred = False
         self._session: Tapped | None = None
         self._part: Part | None = None
+        self._recached: list[InputSpec] = []
 
     def nodes(self) -> Iterator[ir.Node]:
         yield from self._walk(self.model.graph)
@@ -266,6 +268,13 @@ class OnnxGraph:
         _replace(value, kept)
         self._edited()
 
+    def recache(self, past: ir.Value, present: ir.Value, heads: int, width: int) -> None:
+        if past.shape is None or present.shape is None:
+            self._infer()
+        resize(past, present, heads, width)
+        self._recached = self.specs()
+        self._edited()
+
     def restore(self, site: Site) -> None:
         edit = self._spliced.pop(site.id)
         for old, new in edit.pairs:
@@ -296,7 +305,7 @@ class OnnxGraph:
         wanted = tuple(value.name or "" for value in taps)
         if self._session is None or self._session.taps != wanted:
             self._session = Tapped(self.model, wanted)
-        return self._session(feeds, list(taps.values()))
+        return self._session(fitted(feeds, self._recached), list(taps.values()))
 
     def part(
         self, feeds: Mapping[str, Tensor], given: Mapping[ir.Value, Tensor], wanted: Sequence[ir.Value], grad: bool = False
@@ -307,7 +316,7 @@ class OnnxGraph:
         if self._part is None or (self._part.given, self._part.wanted) != (tuple(known), names):
             self._infer()
             self._part = Part(self.model, tuple(known), names)
-        return self._part(feeds, list(known.values()))
+        return self._part(fitted(feeds, self._recached), list(known.values()))
 
     def trainable(self, site: Site) -> Sequence[Tensor]:
         raise RewriteError("the weights of an ONNX graph do not train; give the torch model (.pt2, module or folder)")
@@ -335,7 +344,7 @@ class OnnxGraph:
         copy = OnnxGraph.__new__(OnnxGraph)
         copy.model = self.model.clone()
         copy._adopt()
-        copy._inferred = self._inferred
+        copy._inferred, copy._recached = self._inferred, self._recached
         return copy
 
 

@@ -174,6 +174,12 @@ def _attention(node: ir.Node) -> dict[str, Any]:
     }
 
 
+def _measured(node: ir.Node) -> dict[str, Any]:
+    given, value = plain(node), node.inputs[0]
+    axes = range(0 if value is None or value.shape is None else len(value.shape))
+    return {"axes": tuple(axes[given.get("start", 0) : given.get("end")])}
+
+
 _OPTIONS: dict[str, Callable[[ir.Node], dict[str, Any]]] = {
     "gemm": _gemm,
     "conv": _conv,
@@ -183,6 +189,7 @@ _OPTIONS: dict[str, Callable[[ir.Node], dict[str, Any]]] = {
     "fill": _fill,
     "zeros": lambda node: {"scalar": 0.0},
     "attention": _attention,
+    "shape": _measured,
     "softmax": lambda node: {"axis": int(plain(node).get("axis", -1))},
 }
 

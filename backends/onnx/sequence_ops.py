@@ -88,7 +88,9 @@ class SequenceOps:
         return Sized(self._op("Trilu", every, upper=0), (like.axes[-2], like.axes[-1]))
 
     def regroup(self, x: Sized, heads: int) -> Sized:
-        return Sized(self._op("Reshape", x.value, self._ints(0, heads, -1, 0)), (x.axes[0], heads, None, x.axes[3]))
+        count, rows = x.axes[1:3]
+        made = None if count is None or rows is None else count * rows // heads
+        return Sized(self._op("Reshape", x.value, self._ints(0, heads, -1, 0)), (x.axes[0], heads, made, x.axes[3]))
 
     def softmax(self, x: Sized) -> Sized:
         return Sized(self._op("Softmax", x.value, axis=-1), x.axes)

@@ -87,7 +87,7 @@ def read(graph: Graph, core: Core, node: Node) -> tuple[Attention, Region] | str
             wrong = found
             continue
         operator, ports, axes, out = found
-        region = Region(_inside(graph, out.value, core.begin or node), tuple(ports), (out,))
+        region = Region(inside(graph, out.value, core.begin or node), tuple(ports), (out,))
         wrong = disagreement(graph, operator, region, axes, frame.resolve(core.keys), core.begin is None)
         if not wrong:
             return operator, region
@@ -158,7 +158,7 @@ def _size(group: Group) -> int | None:
     return prod(sizes) if len(sizes) == len(group) else None
 
 
-def _inside(graph: Graph, out: Value, begin: Node) -> tuple[Node, ...]:
+def inside(graph: Graph, out: Value, begin: Node) -> tuple[Node, ...]:
     """The nodes from the product of queries and keys to the result, in order."""
     depends: dict[int, bool] = {}
     order: list[Node] = []

@@ -24,6 +24,7 @@ from rewriter.backends.onnx.sequence_ops import lowerings
 from rewriter.operator import AbstractMap, Dims, flatten, unflatten
 from rewriter.passes.structures.attention import Attention
 from rewriter.passes.structures.latent_attention import ALWAYS, LatentAttention
+from rewriter.passes.structures.latent_values import LatentValues
 from rewriter.tolerances import EQUAL
 from tests.structures.attentions import HEADS, KEYS, LOWEST, PAIRS, inputs
 from tests.structures.inputs import generator
@@ -31,18 +32,28 @@ from tests.structures.inputs import generator
 MLA = Attention(heads=4, shared=4, key=8, width=3, scale=0.5)
 
 
-def form(attention: Attention = MLA, rank: int = 6, rope: int = 5, memory: int | None = None) -> LatentAttention:
-    """With a latent of its own for values where `memory` is its rank."""
+def form(attention: Attention = MLA, rank: int = 6, rope: int = 5, memory: int | None = None, groups: int = 1) -> LatentAttention:
+    """With latents of their own for values where `memory` is their rank."""
     key_up = torch.randn(attention.shared, attention.key - rope, rank, generator=generator(7))
     value_up = torch.randn(attention.shared, memory or rank, attention.width, generator=generator(8))
-    return LatentAttention(attention, key_up, value_up, few=2, joint=memory is None)
+    return LatentAttention(attention, key_up, value_up, few=2, joint=memory is None, groups=groups)
 
 
-FORMS = {
+def values(attention: Attention, groups: int) -> LatentValues:
+    return LatentValues(attention, torch.randn(attention.shared, 6, attention.width, generator=generator(8)), few=2, groups=groups)
+
+
+FORMS: dict[str, LatentAttention | LatentValues] = {
+    "values alone": values(MLA, groups=2),
+    "values alone, grouped": values(replace(MLA, shared=2, mask=PAIRS, boolean=True, empty="zero"), groups=2),
+    "values alone, one latent": values(replace(MLA, shared=2, mask=PAIRS), groups=1),
     "mla": form(),
     "without a rotated part": form(rope=0),
     "two latents": form(memory=7),
     "grouped": form(replace(MLA, shared=2)),
+    "a latent for two heads": form(rope=0, memory=7, groups=2),
+    "and rotated, by head": form(groups=4),
+    "and grouped": form(replace(MLA, shared=2, mask=PAIRS), groups=2),
     "causal": form(replace(MLA, causal=True)),
     "added": form(replace(MLA, mask=PAIRS)),
     "two added": form(replace(MLA, mask=KEYS, bias=HEADS)),
@@ -53,15 +64,19 @@ forms = pytest.mark.parametrize("name", FORMS)
 LENGTHS = [(1, 6), (2, 5), (3, 3), (7, 9)]
 
 
-def written_out(own: LatentAttention, query: Tensor, latent: Tensor, *rest: Tensor) -> Tensor:
+def written_out(own: LatentAttention | LatentValues, query: Tensor, latent: Tensor, *rest: Tensor) -> Tensor:
     """The attention of expanded keys and values."""
     own = own.to(latent.dtype)
     others = list(rest)
-    parts = [torch.einsum("bzsr,hnr->bhsn", latent, own.key_up)]
+    many = own.attention.shared // own.groups
+    if isinstance(own, LatentValues):
+        value = torch.einsum("bhsr,hrv->bhsv", others.pop(0).repeat_interleave(many, 1), own.value_up)
+        return own.attention.apply(EagerOps(), query, latent, value, *others)[0]
+    parts = [torch.einsum("bhsr,hnr->bhsn", latent.repeat_interleave(many, 1), own.key_up)]
     if own.rope:
         parts.append(others.pop(0).expand(-1, own.attention.shared, -1, -1))
     memory = latent if own.joint else others.pop(0)
-    value = torch.einsum("bzsr,hrv->bhsv", memory, own.value_up)
+    value = torch.einsum("bhsr,hrv->bhsv", memory.repeat_interleave(many, 1), own.value_up)
     return own.attention.apply(EagerOps(), query, torch.cat(parts, -1), value, *others)[0]
 
 
@@ -73,7 +88,7 @@ def close(got: Tensor, wanted: Tensor) -> None:
 def given(own: AbstractMap, time: int = 4, keys: int = 6, batch: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Random ones, masks as those of its attention."""
     sizes = {"batch": batch, "time": time, "keys": keys}
-    attention = own.attention if isinstance(own, LatentAttention) else None
+    attention = own.attention if isinstance(own, LatentAttention | LatentValues) else None
     held = {} if attention is None else dict(zip(attention.inputs(), inputs(attention, time, keys, batch, dtype), strict=True))
     shapes = {name: [n if isinstance(n, int) else sizes[n] for n in dims] for name, dims in own.inputs().items()}
     return [held[n] if n in held else torch.randn(shape, generator=generator(i)).to(dtype) for i, (n, shape) in enumerate(shapes.items())]
