@@ -17,7 +17,7 @@ from rewriter.algebra import Dense
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.fit import site_cost, usable_weight
-from rewriter.graph import Graph, Layout, Port, Region, Site, Value
+from rewriter.graph import Graph, Layout, Port, Region, Site, Value, load_bias
 from rewriter.moments import Moments
 from rewriter.passes.detect.attention import inside
 from rewriter.passes.detect.cached import CHANGED, Cache, only_for, read, rows
@@ -238,18 +238,10 @@ def _fit(graph: Graph, reading: Reading, side: str, moments: Moments | None) -> 
         return f"{cache.site.name}: {weight}"
     if moments is None:
         return "nothing is known of what its keys and values are made of (no samples reach it): a fit would be blind"
-    bias, index = _bias(graph, cache.site), cache.rows.flatten()
+    bias, index = load_bias(graph, cache.site.places[0], len(weight)), cache.rows.flatten()
     own = None if bias is None else bias[index]
     # a softmax drops what all keys have in common: hidden ones score far below any other
     return grouped(weight[index], own, moments, reading.groups, reading.ranks[side], common=side == "values")
-
-
-def _bias(graph: Graph, site: Site) -> Tensor | None:
-    """(m,) in float64."""
-    place = site.places[0]
-    stored = None if place.bias is None else graph.const(place.bias)
-    assert site.shape is not None
-    return None if stored is None else (stored.double() * place.bias_scale).reshape(-1).expand(site.shape[0])
 
 
 def _form(reading: Reading, cached: int) -> LatentAttention | LatentValues:
@@ -295,9 +287,9 @@ class Swap:
 
 def _siblings(graph: Graph, reading: Reading, product: Product) -> Siblings:
     """One product for all that a layer gives: rows for queries as they were, latents for the rest."""
-    site = product.site
-    weight, bias = usable_weight(graph, site), _bias(graph, site)
+    site, weight = product.site, usable_weight(graph, product.site)
     assert isinstance(weight, Tensor) and site.dtype is not None and site.shape is not None
+    bias = load_bias(graph, site.places[0], len(weight))
     parts: list[tuple[Tensor, Tensor]] = []
     if product.query is not None:
         index = product.query.flatten()

@@ -337,6 +337,15 @@ def load_matrix(graph: Graph, ref: WeightRef, shape: tuple[int, int]) -> Tensor:
     return tensor if ref.scale == 1.0 else tensor * ref.scale
 
 
+def load_bias(graph: Graph, place: Place, features: int) -> Tensor | None:
+    """What the place adds, (features,) in float64; None where that is nothing. A bias that varies has to be refused before."""
+    if place.bias is None:
+        return None
+    stored = graph.const(place.bias)
+    assert stored is not None
+    return (stored.double() * place.bias_scale).reshape(-1).expand(features)
+
+
 def put_matrix(graph: Graph, ref: WeightRef, matrix: Tensor) -> None:
     """Store the (m, n) matrix where a reference reads it, in its own dtype: the inverse of `load_matrix`, back through transposes."""
     value = ref.value

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rewriter.algebra import ByTokens, Compose, Dense
 from rewriter.fit import after_cost, keep, part, site_cost
-from rewriter.graph import PLAIN, Graph, Site, load_weight
+from rewriter.graph import PLAIN, Graph, Site, load_bias, load_weight
 from rewriter.operator import AbstractMatrix
 from rewriter.passes.planning.choice import Choice, chosen, ratios, said
 from rewriter.passes.planning.forms import products
@@ -43,11 +43,8 @@ class Link:
     @property
     def bias(self) -> Tensor | None:
         """(m,) float64, with what a fit has shifted it by."""
-        place, total = self.site.places[0], None
-        if place.bias is not None:
-            stored = self.graph.const(place.bias)
-            assert stored is not None and self.site.shape is not None
-            total = (stored.double() * place.bias_scale).reshape(-1).expand(self.site.shape[0])
+        assert self.site.shape is not None
+        total = load_bias(self.graph, self.site.places[0], self.site.shape[0])
         shift = self.decision.shift if self.decision is not None else None
         return total if shift is None else shift.double() if total is None else total + shift.double()
 

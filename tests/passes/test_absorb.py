@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from rewriter.registry import sites, targets
 from rewriter.rule import Decision
 from rewriter.tolerances import EQUAL
 from tests.engine.nets import FakeTarget, context, graph, normal
+from tests.tools import tool
 
 HEADS, NOPE, ROPE, RANK, WIDTH = 4, 6, 2, 10, 3
 CALLS = (4, 1, 1, 3, 1)  # a prompt, then steps, one of them of several tokens
@@ -344,22 +344,13 @@ def test_what_is_absorbed_stays_so(tmp_path: Path) -> None:
     assert isinstance(decisions["attention"].operator, LatentAttention)
 
 
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_mla", Path(__file__).parents[2] / "tools" / "bench_mla.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their own types up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_the_bench_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_mla.py", "--quick"])
-    bench().main()
+    tool("bench_mla").main()
     assert capsys.readouterr().out.count("attention core") == 2
 
 
 def test_the_bench_prints_nothing_of_what_is_off() -> None:
     with pytest.raises(SystemExit, match=r"red: logits are off by 1.0e-01; no figure is printed"):
-        bench().equal(torch.ones(2), torch.tensor([1.0, 1.1]), "logits")
+        tool("bench_mla").equal(torch.ones(2), torch.tensor([1.0, 1.1]), "logits")

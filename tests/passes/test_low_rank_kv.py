@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +36,7 @@ from rewriter.registry import sites, targets
 from rewriter.rule import Decision, given_up
 from rewriter.tolerances import EQUAL
 from tests.engine.nets import FakeTarget, as_onnx, context, graph, normal, planted
+from tests.tools import tool
 
 HEADS, WIDTH, GROUPS, RANK = 4, 6, 2, 5
 STEPS = 6
@@ -386,23 +386,13 @@ def test_groups_have_the_least_error_of_their_rank() -> None:
         assert made.shape == weight.shape and bool(found.shift.any()) == common
 
 
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "bench_decode_attention", Path(__file__).parents[2] / "tools" / "bench_decode_attention.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_the_bench_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_decode_attention.py", "--quick"])
-    bench().main()
+    tool("bench_decode_attention").main()
     assert "192 (0.50)" in capsys.readouterr().out
 
 
 def test_the_bench_prints_nothing_of_what_is_off() -> None:
     with pytest.raises(SystemExit, match=r"red: at full rank logits are off by 1.0e-01; no figure is printed"):
-        bench().equal(torch.tensor([1.0, 1.1]), torch.ones(2))
+        tool("bench_decode_attention").equal(torch.tensor([1.0, 1.1]), torch.ones(2))

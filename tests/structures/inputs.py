@@ -1,14 +1,30 @@
-"""Inputs of the structure tests: anisotropic moments, weights whose spectrum falls slowly."""
+"""Inputs of the structure tests: anisotropic moments, weights whose spectrum falls slowly, maps as modules."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from rewriter.backends.fx.custom_op import MAP
 from rewriter.moments import Moments
+from rewriter.operator import AbstractMap, flatten
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+class Mapped(torch.nn.Module):
+    """A map as one opaque node, its tensors parameters."""
+
+    def __init__(self, operator: AbstractMap) -> None:
+        super().__init__()
+        leaves, self.spec = flatten(operator)
+        self.leaves = torch.nn.ParameterList(torch.nn.Parameter(leaf, requires_grad=False) for leaf in leaves)
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        found: list[Tensor] = MAP(list(inputs), list(self.leaves), self.spec, "it")
+        return found
 
 
 def anisotropic(n: int, seed: int = 0) -> Moments:

@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from rewriter.backends.counting import CountingOps
 from rewriter.backends.eager import EagerOps
-from rewriter.backends.fx.custom_op import MAP, TorchOps
+from rewriter.backends.fx.custom_op import TorchOps
 from rewriter.backends.fx.graph import FxGraph
 from rewriter.backends.fx.target import as_module, lower
 from rewriter.backends.onnx.emit import attach, check
@@ -27,7 +27,7 @@ from rewriter.passes.structures.latent_attention import ALWAYS, LatentAttention
 from rewriter.passes.structures.latent_values import LatentValues
 from rewriter.tolerances import EQUAL
 from tests.structures.attentions import HEADS, KEYS, LOWEST, PAIRS, inputs
-from tests.structures.inputs import generator
+from tests.structures.inputs import Mapped, generator
 
 MLA = Attention(heads=4, shared=4, key=8, width=3, scale=0.5)
 
@@ -136,20 +136,9 @@ def test_what_is_offered_is_what_few_says() -> None:
 
 def program(own: AbstractMap) -> torch.nn.Module:
     """Lowered to plain aten, its batch and lengths left open."""
-    leaves, spec = flatten(own)
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.leaves = torch.nn.ParameterList(torch.nn.Parameter(leaf, requires_grad=False) for leaf in leaves)
-
-        def forward(self, *inputs: Tensor) -> list[Tensor]:
-            found: list[Tensor] = MAP(list(inputs), list(self.leaves), spec, "it")
-            return found
-
     axes = tuple({i: Dim.AUTO for i, n in enumerate(dims) if isinstance(n, str)} for dims in own.inputs().values())
     xs = tuple(given(own, 4, 6, 3, torch.float32))
-    return as_module(lower(FxGraph.of(torch.export.export(Model(), xs, dynamic_shapes=(axes,)))))
+    return as_module(lower(FxGraph.of(torch.export.export(Mapped(own), xs, dynamic_shapes=(axes,)))))
 
 
 def test_a_program_chooses_in_each_call() -> None:

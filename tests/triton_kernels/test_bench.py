@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,17 +10,14 @@ import pytest
 import torch
 
 from rewriter.backends.triton_kernels import chain, delta
+from tests.tools import tool
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_gpu.py"
 SMALL = ["--widths", "32", "--tokens", "1", "--heads", "2", "--head-width", "16", "--seconds", "0"]
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_gpu", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: ModuleType = tool("bench_gpu")
     monkeypatch.setattr(module, "graphed", module.launched)
     monkeypatch.setattr(module, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
